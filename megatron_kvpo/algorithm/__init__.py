@@ -1,0 +1,1 @@
+"""The KVPO arithmetic: pure functions of tensors; no ranks, no Megatron."""

@@ -1,0 +1,230 @@
+"""Every setting of a run, as frozen dataclasses. One YAML file fills them; nothing else does.
+
+A field's default lives here or in method_config.py and nowhere else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from megatron_kvpo import settings
+from megatron_kvpo.method_config import (
+    AdvantageConfig,
+    CodecConfig,
+    EnergyConfig,
+    LossConfig,
+    ModelConfig,
+    RoutingConfig,
+    StreamConfig,
+    check_positive,
+)
+
+__all__ = [
+    "AdvantageConfig", "AlarmsConfig", "CheckpointConfig", "CodecConfig", "DataConfig",
+    "EnergyConfig", "EvaluationConfig", "LogConfig", "LossConfig", "ModelConfig",
+    "OptimizerConfig", "ParallelConfig", "PolicyConfig", "RewardConfig", "RoutingConfig",
+    "RunConfig", "StreamConfig", "load_config",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How the ranks are divided. The data axis is what remains."""
+
+    tensor: int = 1
+    """Ranks that share each linear layer and the heads."""
+
+    sequence_parallel: bool = False
+    """Share tokens between linear layers over the tensor ranks."""
+
+    context: int = 1
+    """Ranks that share a pass's tokens, heads during attention (Ulysses)."""
+
+    branch: int = 1
+    """Ranks that share the branches of a group."""
+
+    timeout_s: int = 600
+    """A collective that waits longer ends the run."""
+
+    def __post_init__(self) -> None:
+        check_positive("parallel", tensor=self.tensor, context=self.context, branch=self.branch,
+                  timeout_s=self.timeout_s)  # fmt: skip
+        if self.sequence_parallel and self.tensor == 1:
+            raise ValueError("parallel.sequence_parallel shares tokens over the tensor ranks: "
+                             "set parallel.tensor above 1")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """AdamW in float32."""
+
+    lr: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_updates: int = 5
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+
+    def __post_init__(self) -> None:
+        if self.lr < 0 or not 0 <= self.ema_decay < 1 or self.warmup_updates < 0:
+            raise ValueError(
+                f"optimizer.lr {self.lr} and optimizer.warmup_updates {self.warmup_updates} must "
+                f"not be negative, optimizer.ema_decay {self.ema_decay} must lie in [0, 1)"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyConfig:
+    """Which weights train and how the sampling policy follows them."""
+
+    mode: Literal["lora", "full"] = "lora"
+    lora_rank: int = 256
+    lora_alpha: float = 256.0
+    adapter: Path | None = None
+    """PEFT adapter folder to continue; None starts at the base."""
+
+    rollouts_per_policy_sync: int = 2
+    """Updates between copies of the current policy into the one that samples."""
+
+    groups_per_update: int = 1
+    """Prompts per optimizer step, over all data ranks."""
+
+    max_rows: int = 96
+    """Sequences of one forward; more are sent in turns."""
+
+    def __post_init__(self) -> None:
+        check_positive("policy", lora_rank=self.lora_rank, groups_per_update=self.groups_per_update,
+                  rollouts_per_policy_sync=self.rollouts_per_policy_sync,
+                  max_rows=self.max_rows)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardConfig:
+    """What is optimised and what is only watched."""
+
+    weights: dict[str, float] = field(default_factory=dict)
+    """Component name -> weight in the composite."""
+
+    held_out: tuple[str, ...] = ()
+    """Scored at evaluation, never trained on."""
+
+    pixel_fps: int = 16
+    global_clip_pixel_frames: int = 36
+    """Length of the clip centred on each segment."""
+
+    def __post_init__(self) -> None:
+        both = sorted(set(self.weights) & set(self.held_out))
+        if both:
+            raise ValueError(f"rewards {both} are both trained on and held out: choose one")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Prompts of the run."""
+
+    prompts: Path = Path("prompts.jsonl")
+    """One JSON object a line: {"segments": [...], "switch_frames": [...]}."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """Held-out videos, the same noises at every evaluation."""
+
+    prompts: Path | None = None
+    noises_per_prompt: int = 8
+    every: int = 0
+    """Updates between evaluations on the way; 0 evaluates before and after only."""
+
+    seed: int = 1_000_003
+    adapter: Literal["ema", "current"] = "ema"
+    filmstrips: int = 6
+    """Prompts shown in the report."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Saving and resuming."""
+
+    every: int = 100
+    """Updates between checkpoints; one is written at the end too. 0 writes none."""
+
+    keep: int = 2
+    resume: bool = True
+    """Continue from the newest checkpoint in the run's folder, if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """Where a run reports to. A JSONL is always written."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto`: online when logged in, else offline."""
+
+    project: str = "megatron-kvpo"
+    report: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AlarmsConfig:
+    """What must hold at every start. A failed alarm stops the run and says which."""
+
+    enabled: bool = True
+    energy_tolerance: float = 1e-9
+    """Largest anchor energy under the weights that sampled it."""
+
+    ratio_tolerance: float = 1e-5
+    """Largest |ratio - 1| before the first update, times temperature."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """The root. Sections are named after what reads them."""
+
+    name: str = "run"
+    folder: Path = Path("runs")
+    num_updates: int = 1500
+    seed: int = 42
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
+
+    def __post_init__(self) -> None:
+        check_positive("run", num_updates=self.num_updates)
+        if self.energy.grad_steps > len(self.stream.steps):
+            raise ValueError(
+                f"energy.grad_steps {self.energy.grad_steps} exceeds the "
+                f"{len(self.stream.steps)} denoising steps"
+            )
+        if self.stream.num_frames > self.model.max_frames:
+            raise ValueError(
+                f"stream.num_frames {self.stream.num_frames} exceeds model.max_frames "
+                f"{self.model.max_frames}"
+            )
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run writes."""
+        return self.folder / self.name
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a recipe and dotted overrides. ValueError names the setting and the remedy."""
+    return settings.load(RunConfig, path, overrides)

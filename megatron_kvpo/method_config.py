@@ -1,0 +1,264 @@
+"""Settings of the generator and of the method: sizes, streaming, routing, energy, objective.
+
+The defaults are the method's (arXiv 2605.14278, LongLive 1.3B recipe); where the reference code
+differs, the docstring says which value repeats it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+def check_positive(section: str, **values: float) -> None:
+    """Raise ValueError for a setting that must be above 0 and is not."""
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{section}.{name} is {value}: it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The causal Wan transformer."""
+
+    hidden_dim: int = 1536
+    ffn_dim: int = 8960
+    num_layers: int = 30
+    num_heads: int = 12
+    latent_channels: int = 16
+    latent_height: int = 60
+    latent_width: int = 104
+    patch: tuple[int, int, int] = (1, 2, 2)
+    """Latent frames, rows and columns that make one token."""
+
+    text_dim: int = 4096
+    text_length: int = 512
+    """Text tokens; shorter prompts are padded with zeros, which are attended."""
+
+    sinusoid_dim: int = 256
+    eps: float = 1e-6
+    max_frames: int = 1024
+    """Latent frames the rotary table reaches."""
+
+    weights: Path | None = None
+    """safetensors in the original Wan key format; None initialises at random."""
+
+    recompute: bool = False
+    """Recompute each block's activations in backward."""
+
+    def __post_init__(self) -> None:
+        check_positive("model", hidden_dim=self.hidden_dim, ffn_dim=self.ffn_dim, text_dim=self.text_dim,
+                  num_layers=self.num_layers, num_heads=self.num_heads,
+                  text_length=self.text_length, latent_channels=self.latent_channels)  # fmt: skip
+        if self.hidden_dim % self.num_heads or (self.hidden_dim // self.num_heads) % 2:
+            raise ValueError(
+                f"model.hidden_dim {self.hidden_dim} over model.num_heads {self.num_heads} must be "
+                "an even whole number, the head size"
+            )
+        if self.patch[0] != 1:
+            raise ValueError(f"model.patch is {self.patch}: a token spans 1 latent frame")
+        if self.latent_height % self.patch[1] or self.latent_width % self.patch[2]:
+            raise ValueError(
+                f"a latent frame of {self.latent_height} x {self.latent_width} does not divide "
+                f"into patches of {self.patch[1]} x {self.patch[2]}"
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        """Tokens of one latent frame."""
+        return (self.latent_height // self.patch[1]) * (self.latent_width // self.patch[2])
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_dim // self.num_heads
+
+    @property
+    def frame_shape(self) -> tuple[int, int, int]:
+        """[C, H, W] of one latent frame."""
+        return self.latent_channels, self.latent_height, self.latent_width
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CodecConfig:
+    """The latent codec of the shapes world: Wan's interface, small."""
+
+    weights: Path | None = None
+    """safetensors; None initialises at random."""
+
+    width: int = 64
+    """Channels of its convolutions at latent resolution."""
+
+    spatial_stride: int = 4
+    temporal_stride: int = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamConfig:
+    """How a video is generated, block after block."""
+
+    num_frames: int = 147
+    block_frames: int = 3
+    sink_frames: int = 3
+    window_frames: int = 12
+    """Frames a block sees in all: sink, past and its own."""
+
+    resident_frames: int = 33
+    """Frames kept in the cache, so that routing has a pool to draw from."""
+
+    steps: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25)
+    """Denoising steps before the shift, falling."""
+
+    shift: float = 5.0
+    """sigma = shift * s / (1 + (shift - 1) * s)."""
+
+    sampler: Literal["renoise", "euler"] = "renoise"
+    """`renoise` re-noises the clean estimate with fresh noise; `euler` is the plain ODE step."""
+
+    context_noise: float = 0.0
+    """Noise level of the pass that fills the cache. The reference trains with 0.005."""
+
+    first_chunk_frames: int = 21
+    chunk_frames: int = 18
+
+    def __post_init__(self) -> None:
+        check_positive("stream", block_frames=self.block_frames, num_frames=self.num_frames,
+                  shift=self.shift)  # fmt: skip
+        for name, value in (
+            ("num_frames", self.num_frames), ("first_chunk_frames", self.first_chunk_frames),
+            ("chunk_frames", self.chunk_frames), ("sink_frames", self.sink_frames),
+            ("window_frames", self.window_frames), ("resident_frames", self.resident_frames),
+        ):  # fmt: skip
+            if value % self.block_frames or value < 0:
+                raise ValueError(
+                    f"stream.{name} is {value}: it must be a multiple of stream.block_frames "
+                    f"{self.block_frames}"
+                )
+        if self.window_frames < self.sink_frames + 2 * self.block_frames:
+            raise ValueError(
+                f"stream.window_frames {self.window_frames} must hold the sink "
+                f"({self.sink_frames}), the block and one block before it ({self.block_frames} "
+                "each)"
+            )
+        if self.resident_frames < self.window_frames:
+            raise ValueError(
+                f"stream.resident_frames {self.resident_frames} is below stream.window_frames "
+                f"{self.window_frames}"
+            )
+        if not self.steps or any(not 0 < s <= 1 for s in self.steps):
+            raise ValueError(f"stream.steps {list(self.steps)} must lie in (0, 1]")
+        if any(b >= a for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError(f"stream.steps {list(self.steps)} must fall")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a whole video."""
+        return self.num_frames // self.block_frames
+
+    def chunk_of(self, frame: int) -> tuple[int, int]:
+        """[start, stop) of the chunk that latent frame `frame` lies in."""
+        if frame < self.first_chunk_frames:
+            return 0, min(self.first_chunk_frames, self.num_frames)
+        index = (frame - self.first_chunk_frames) // self.chunk_frames
+        start = self.first_chunk_frames + index * self.chunk_frames
+        return start, min(start + self.chunk_frames, self.num_frames)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoutingConfig:
+    """How the branches of a group come to differ."""
+
+    exploration: Literal["chr", "noise", "none"] = "chr"
+    """Causal History Routing; branches with noise of their own; or no exploration at all."""
+
+    num_branches: int = 8
+    """Branches per prompt, the group size G. The unrouted anchor is not counted."""
+
+    num_routed_blocks: int = 5
+    """Consecutive blocks of the policy window, P."""
+
+    num_recent_frames: int = 1
+    """Past frames next to the block that every branch keeps."""
+
+    pool_margin_frames: int = 0
+    """Newest frames before those that routing may not draw either. The reference leaves out 3."""
+
+    fork_chunks: int = 7
+    """Forks lie in the first chunks of the video."""
+
+    noise_strength: float = 0.3
+    """`noise`: share of variance that a branch's own noise replaces, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        if self.num_branches < 2:
+            raise ValueError(
+                f"routing.num_branches is {self.num_branches}: a group needs at least 2 branches, "
+                "or every advantage is zero"
+            )
+        check_positive("routing", num_routed_blocks=self.num_routed_blocks, fork_chunks=self.fork_chunks)
+        if not 0 < self.noise_strength <= 1:
+            raise ValueError(f"routing.noise_strength is {self.noise_strength}: use (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EnergyConfig:
+    """Trajectory velocity energy and the surrogate policy."""
+
+    space: Literal["velocity", "x0"] = "velocity"
+    """Compare velocities, or clean estimates (the reference: sigma^2 times the former)."""
+
+    grad_steps: int = 2
+    """First denoising steps that carry gradient; the rest count in the value only."""
+
+    step_weight: float = 0.5
+    """w_s, the weight of each step."""
+
+    temperature: float = 1.0
+    """Of the softmax over -energy."""
+
+    replay_context: Literal["recorded", "self"] = "recorded"
+    """What a replay commits after a block: the branch's own latents, or (the reference) the
+    replaying model's prediction plus context noise."""
+
+    def __post_init__(self) -> None:
+        check_positive("energy", grad_steps=self.grad_steps, temperature=self.temperature,
+                  step_weight=self.step_weight)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdvantageConfig:
+    """From rewards to advantages."""
+
+    local_weight: float = 1.0
+    global_weight: float = 0.5
+    std_floor: float = 0.02
+    """Smallest standard deviation a reward difference is divided by, in the reward's units."""
+
+    limit: float = 2.5
+    """Advantages are clamped to +- this."""
+
+    baseline: Literal["group", "anchor"] = "group"
+    """`group` also subtracts the group's mean; `anchor` (the reference) does not."""
+
+    fusion: Literal["single", "std"] = "single"
+    """Normalise once with the floor, or twice without it (the reference)."""
+
+    control: Literal["none", "shuffled", "negated"] = "none"
+    """Experiment control: give branches each other's advantages, or the negative of their own."""
+
+    def __post_init__(self) -> None:
+        check_positive("advantage", std_floor=self.std_floor, limit=self.limit)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossConfig:
+    """The policy objective."""
+
+    clip_low: float = 0.1
+    clip_high: float = 0.2
+    kl_coefficient: float = 10.0
+    """Weight of KL(policy || reference) over a group. 0 drops the reference."""
+
+    unsafe_scale: float = 1.0
+    """Factor on the surrogate when no branch beats the anchor. The reference uses 0.5."""

@@ -1,0 +1,1 @@
+"""Ranks as named groups, and what travels between them."""

@@ -1,0 +1,1 @@
+"""Sampling groups of branches and replaying them."""

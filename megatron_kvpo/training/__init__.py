@@ -1,0 +1,1 @@
+"""Policy, optimizer, evaluation and reports."""
