@@ -1,0 +1,134 @@
+"""Self-attention over pages and cross-attention to text, heads over the tensor ranks.
+
+Under context parallelism tokens are shared between ranks everywhere but here: an all-to-all trades
+tokens for heads around the attention itself (Ulysses). For one rank it is the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_kvpo.model.lora import mark_sharded
+from megatron_kvpo.model.pages import PassPages
+from megatron_kvpo.model.rope import rotate
+from megatron_kvpo.model.specs import Spec
+
+
+class WideRMSNorm(nn.Module):
+    """RMSNorm over the whole hidden size, of which this rank holds a share of the features."""
+
+    def __init__(self, dim: int, eps: float, spec: Spec) -> None:
+        super().__init__()
+        self._dim, self._eps, self._spec = dim, eps, spec
+        self.weight = nn.Parameter(
+            torch.ones(dim // spec.ranks.tensor.size, device=spec.ranks.device)
+        )
+        mark_sharded(self.weight, 0)
+
+    def forward(self, x_LBD: Tensor) -> Tensor:
+        """Normalise in float32: x / sqrt(mean(x^2) + eps) * weight, mean over all ranks."""
+        x = x_LBD.float()
+        total = self._spec.sum_features(x.square().sum(dim=-1, keepdim=True))
+        return (x * torch.rsqrt(total / self._dim + self._eps)).to(x_LBD.dtype) * self.weight
+
+
+class _Attention(nn.Module):
+    """The projections and norms that both kinds of attention have."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, spec: Spec) -> None:
+        super().__init__()
+        self._spec, self._head_dim = spec, dim // num_heads
+        self.q = spec.column(dim, dim)
+        self.k = spec.column(dim, dim)
+        self.v = spec.column(dim, dim)
+        self.o = spec.row(dim, dim)
+        self.norm_q = WideRMSNorm(dim, eps, spec)
+        self.norm_k = WideRMSNorm(dim, eps, spec)
+
+    def _heads(self, x_LBD: Tensor) -> Tensor:
+        return x_LBD.unflatten(-1, (-1, self._head_dim))
+
+
+class SelfAttention(_Attention):
+    """A pass's tokens attend to cached pages and to each other."""
+
+    def forward(
+        self, hidden_LBD: Tensor, table: Tensor, layer: int, pages: PassPages | None,
+        mask_LM: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """[L, B, D] -> [L, B, D]. Keys: the pages read, then the pass's own frames.
+
+        Writes own keys (after rotation) and values where `pages` says. `mask_LM`: True is seen;
+        only for passes without a cache.
+        """
+        query = rotate(self._heads(self.norm_q(self.q(hidden_LBD))), table)
+        key = rotate(self._heads(self.norm_k(self.k(hidden_LBD))), table)
+        value = self._heads(self.v(hidden_LBD))
+        query, key, value = (tokens_to_heads(x, self._spec) for x in (query, key, value))
+        key, value = key.transpose(0, 1), value.transpose(0, 1)
+        if pages is not None:
+            key, value = _with_cache(key, value, layer, pages)
+        out_LBAE = attend(query, key, value, mask_LM)
+        return self.o(heads_to_tokens(out_LBAE, self._spec).flatten(-2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(_Attention):
+    """Tokens attend to all text tokens, padding too."""
+
+    def encode(self, text_XBD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of embedded texts: two [B, X, A, E]."""
+        key = self._heads(self.norm_k(self.k(text_XBD)))
+        return key.transpose(0, 1), self._heads(self.v(text_XBD)).transpose(0, 1)
+
+    def forward(self, hidden_LBD: Tensor, key_BXAE: Tensor, value_BXAE: Tensor) -> Tensor:
+        """[L, B, D] -> [L, B, D]."""
+        query = self._heads(self.norm_q(self.q(hidden_LBD)))
+        return self.o(attend(query, key_BXAE, value_BXAE, None).flatten(-2))  # type: ignore[no-any-return]
+
+
+def _with_cache(
+    key_BLAE: Tensor, value_BLAE: Tensor, layer: int, pages: PassPages
+) -> tuple[Tensor, Tensor]:
+    """Leave this pass's keys and values in its pages; return all those that it sees."""
+    if pages.write_BF is not None:
+        pages.pool.write(layer, pages.write_BF, key_BLAE, value_BLAE)
+    hidden = pages.own_from * pages.pool.key.shape[2]
+    key_BLAE, value_BLAE = key_BLAE[:, hidden:], value_BLAE[:, hidden:]
+    if pages.read_BM.shape[1] == 0:
+        return key_BLAE, value_BLAE
+    cached_key, cached_value = pages.pool.read(layer, pages.read_BM)
+    return torch.cat([cached_key, key_BLAE], dim=1), torch.cat([cached_value, value_BLAE], dim=1)
+
+
+def attend(
+    query_LBAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor, mask_LM: Tensor | None
+) -> Tensor:
+    """softmax(Q K^T / sqrt(E)) V, per row and head. Returns [L, B, A, E]."""
+    out_BALE = nn.functional.scaled_dot_product_attention(
+        query_LBAE.permute(1, 2, 0, 3),
+        key_BMAE.transpose(1, 2),
+        value_BMAE.transpose(1, 2),
+        attn_mask=mask_LM,
+    )
+    return out_BALE.permute(2, 0, 1, 3)
+
+
+def tokens_to_heads(x_LBAE: Tensor, spec: Spec) -> Tensor:
+    """All tokens of a share of the heads, from a share of the tokens of all heads."""
+    size = spec.ranks.context.size
+    if size == 1:
+        return x_LBAE
+    tokens, rows, heads, dim = x_LBAE.shape
+    parts = x_LBAE.reshape(tokens, rows, size, heads // size, dim).permute(2, 0, 1, 3, 4)
+    return spec.all_to_all(parts.reshape(size * tokens, rows, heads // size, dim))
+
+
+def heads_to_tokens(x_LBAE: Tensor, spec: Spec) -> Tensor:
+    """Inverse of tokens_to_heads."""
+    size = spec.ranks.context.size
+    if size == 1:
+        return x_LBAE
+    tokens, rows, heads, dim = x_LBAE.shape
+    parts = spec.all_to_all(x_LBAE.contiguous()).view(size, tokens // size, rows, heads, dim)
+    return parts.permute(1, 2, 0, 3, 4).reshape(tokens // size, rows, size * heads, dim)

@@ -1,0 +1,141 @@
+"""The causal Wan 2.1 video transformer, for streaming and for block-causal training.
+
+Parameter names are those of the released weights, so a checkpoint loads without a mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_kvpo.config import ModelConfig
+from megatron_kvpo.model.embeddings import (
+    Head,
+    TimeProjection,
+    TwoLinears,
+    patchify,
+    sinusoid,
+    unpatchify,
+)
+from megatron_kvpo.model.layer import CausalBlock
+from megatron_kvpo.model.lora import mark_replicated
+from megatron_kvpo.model.pages import PagePool, PassPages
+from megatron_kvpo.model.rope import Rotary
+from megatron_kvpo.model.specs import Spec
+
+
+@dataclass(frozen=True, slots=True)
+class TextKeys:
+    """Cross-attention keys and values of some texts, per layer."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    """(key_BXAE, value_BXAE) of each layer."""
+
+    def select(self, rows: Tensor) -> TextKeys:
+        """The texts of these rows, in this order; a text may serve many rows."""
+        return TextKeys(tuple((k[rows], v[rows]) for k, v in self.layers))
+
+
+class CausalWan(nn.Module):
+    """Predicts the velocity noise - clean of latent frames from cached ones and a text."""
+
+    def __init__(self, config: ModelConfig, spec: Spec) -> None:
+        super().__init__()
+        self.model_config, self.spec, self.config = config, spec, spec.megatron
+        dim, device, sequence = config.hidden_dim, spec.ranks.device, spec.sequence
+        self.patch_embedding = nn.Conv3d(
+            config.latent_channels, dim, config.patch, config.patch, device=device
+        )
+        self.text_embedding = TwoLinears(
+            config.text_dim, dim, nn.GELU("tanh"), device, sequence=False
+        )
+        self.time_embedding = TwoLinears(
+            config.sinusoid_dim, dim, nn.SiLU(), device, sequence=sequence
+        )
+        self.time_projection = TimeProjection(dim, device, sequence=sequence)
+        self.blocks = nn.ModuleList(CausalBlock(config, spec) for _ in range(config.num_layers))
+        patch_size = config.patch[1] * config.patch[2]
+        self.head = Head(
+            dim, patch_size * config.latent_channels, config.eps, device, sequence=sequence
+        )
+        for parameter in self.patch_embedding.parameters():
+            mark_replicated(parameter, sequence=False)
+        grid = config.latent_height // config.patch[1], config.latent_width // config.patch[2]
+        self._rotary = Rotary(config.head_dim, grid, config.max_frames)
+        self.to(device)
+
+    def new_pool(self, num_pages: int) -> PagePool:
+        """A pool of pages for this rank's heads."""
+        ranks = self.spec.ranks
+        return PagePool(
+            num_pages=num_pages, num_layers=self.model_config.num_layers,
+            tokens_per_frame=self.model_config.tokens_per_frame,
+            num_heads=self.model_config.num_heads // ranks.tensor.size // ranks.context.size,
+            head_dim=self.model_config.head_dim, device=ranks.device,
+        )  # fmt: skip
+
+    def encode_text(self, text_BXD: Tensor) -> TextKeys:
+        """Keys and values of text embeddings [B, X, text_dim], with gradient if enabled."""
+        hidden_XBD = self.spec.split_tokens(self.text_embedding(text_BXD.transpose(0, 1)))
+        return TextKeys(tuple(block.cross_attn.encode(hidden_XBD) for block in self.blocks))  # type: ignore[operator, union-attr]
+
+    def forward(
+        self, latent_BFCHW: Tensor, timestep_BF: Tensor, frames: Sequence[int], text: TextKeys,
+        pages: PassPages | None = None, mask_LM: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Velocity of noisy latent frames.
+
+        Args:
+            latent_BFCHW: noisy (or, at timestep 0, clean) latent frames.
+            timestep_BF: 1000 sigma of each frame; [B, 1] when all frames of a row share it.
+            frames: absolute latent frame numbers of the F frames.
+            text: keys and values, one text a row.
+            pages: cached frames to attend to, and where to leave this pass's own.
+            mask_LM: True where a token may attend to a token of the same pass.
+
+        Returns:
+            velocity_BFCHW, whole on every tensor and context rank.
+        """
+        rotary, share = self._rotary.table(frames, latent_BFCHW.device), self._context_share(frames)
+        hidden_LBD = self._embed(latent_BFCHW)[share]
+        time_FBD = self.time_embedding(
+            sinusoid(timestep_BF.transpose(0, 1), self.model_config.sinusoid_dim)
+        )
+        steps_FB6D = self.time_projection(time_FBD)
+        hidden_LBD = self.spec.split_tokens(hidden_LBD)
+        time_LBD, steps_LB6D = (
+            self._per_token(x, len(frames), share) for x in (time_FBD, steps_FB6D)
+        )
+        for layer, (block, keys) in enumerate(zip(self.blocks, text.layers, strict=True)):
+            arguments = (hidden_LBD, steps_LB6D, keys, rotary[:, share], layer, pages, mask_LM)
+            if self.model_config.recompute and torch.is_grad_enabled():
+                hidden_LBD = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                hidden_LBD = block(*arguments)
+        out_LBC = self.spec.gather_tokens(self.head(hidden_LBD, time_LBD))
+        out_LBC = self.spec.gather_context(out_LBC)
+        return unpatchify(out_LBC, self.model_config.patch, self.model_config.frame_shape)
+
+    def _embed(self, latent_BFCHW: Tensor) -> Tensor:
+        weight = self.patch_embedding.weight.flatten(1)
+        patches_LBC = patchify(latent_BFCHW, self.model_config.patch)
+        return nn.functional.linear(patches_LBC, weight, self.patch_embedding.bias)
+
+    def _context_share(self, frames: Sequence[int]) -> slice:
+        """This context rank's contiguous share of the pass's tokens."""
+        axis = self.spec.ranks.context
+        count = len(frames) * self.model_config.tokens_per_frame // axis.size
+        return slice(axis.rank * count, (axis.rank + 1) * count)
+
+    def _per_token(self, x_FB: Tensor, num_frames: int, share: slice) -> Tensor:
+        """Per-frame values for this rank's tokens; one value for all stays one."""
+        if x_FB.shape[0] == 1:
+            return x_FB
+        if x_FB.shape[0] != num_frames:
+            raise ValueError(f"{x_FB.shape[0]} timesteps for {num_frames} latent frames")
+        x_LB = x_FB.repeat_interleave(self.model_config.tokens_per_frame, dim=0)[share]
+        return self.spec.local_tokens(x_LB)

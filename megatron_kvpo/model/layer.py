@@ -1,0 +1,61 @@
+"""One block of the transformer: modulated self-attention, text, modulated feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_kvpo.config import ModelConfig
+from megatron_kvpo.model.attention import CrossAttention, SelfAttention
+from megatron_kvpo.model.lora import mark_replicated
+from megatron_kvpo.model.pages import PassPages
+from megatron_kvpo.model.specs import Spec
+
+
+class FeedForward(nn.ModuleDict):
+    """Linear, GELU(tanh), Linear; named 0 and 2 as in the released weights."""
+
+    def __init__(self, config: ModelConfig, spec: Spec) -> None:
+        super().__init__({
+            "0": spec.column(config.hidden_dim, config.ffn_dim),
+            "2": spec.row(config.ffn_dim, config.hidden_dim),
+        })  # fmt: skip
+
+    def forward(self, hidden_LBD: Tensor) -> Tensor:
+        """[L, B, D] -> [L, B, D]."""
+        wide = nn.functional.gelu(self["0"](hidden_LBD), approximate="tanh")
+        return self["2"](wide)  # type: ignore[no-any-return]
+
+
+class CausalBlock(nn.Module):
+    """A Wan transformer block whose self-attention reads pages."""
+
+    def __init__(self, config: ModelConfig, spec: Spec) -> None:
+        super().__init__()
+        dim, eps, device = config.hidden_dim, config.eps, spec.ranks.device
+        self.modulation = nn.Parameter(torch.zeros(1, 6, dim, device=device))
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(dim, config.num_heads, eps, spec)
+        self.norm3 = nn.LayerNorm(dim, eps, device=device)
+        self.cross_attn = CrossAttention(dim, config.num_heads, eps, spec)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = FeedForward(config, spec)
+        for parameter in (self.modulation, *self.norm3.parameters()):
+            mark_replicated(parameter, sequence=spec.sequence)
+
+    def forward(
+        self, hidden_LBD: Tensor, time_LB6D: Tensor, text: tuple[Tensor, Tensor], table: Tensor,
+        layer: int, pages: PassPages | None, mask_LM: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """[L, B, D] -> [L, B, D]; `time_LB6D` may have one token to stand for all.
+
+        x += gate1 * attn(LN(x)(1 + scale1) + shift1); x += cross(LN3(x), text);
+        x += gate2 * ffn(LN(x)(1 + scale2) + shift2).
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0] + time_LB6D).unbind(2)
+        normed = torch.addcmul(shift1, self.norm1(hidden_LBD), 1 + scale1)
+        attended = self.self_attn(normed, table, layer, pages, mask_LM)
+        hidden_LBD = torch.addcmul(hidden_LBD, attended, gate1)
+        hidden_LBD = hidden_LBD + self.cross_attn(self.norm3(hidden_LBD), *text)
+        normed = torch.addcmul(shift2, self.norm2(hidden_LBD), 1 + scale2)
+        return torch.addcmul(hidden_LBD, self.ffn(normed), gate2)

@@ -1,0 +1,163 @@
+"""One prompt's group: a shared prefix, then routed branches and the anchor as one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_kvpo.parallel.seeds import noise
+from megatron_kvpo.records import Prompt, RolloutGroup, RoutingPlan, Trajectory
+from megatron_kvpo.rollout.sampler import (
+    BlockNoise,
+    BlockRecord,
+    TextEncoder,
+    block_noise,
+    context_state,
+    denoise_block,
+    encode_segment,
+)
+from megatron_kvpo.rollout.stream import Stream, World
+
+
+@dataclass(frozen=True, slots=True)
+class SampledGroup:
+    """A finished group and the pages of its prefix, which replays read. Release it after use."""
+
+    group: RolloutGroup
+    prefix: Stream
+    """One row, standing at the fork, as the sampling policy left it."""
+
+    def release(self) -> None:
+        """Give the prefix's pages back."""
+        self.prefix.release()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupNoise:
+    """Noises of one group by coordinates: shared by all sequences, whatever rank has them."""
+
+    world: World
+    seed: int
+    update: int
+    prompt_index: int
+
+    def key(self, frame: int) -> tuple[int | str, ...]:
+        """Coordinates of the block at latent frame `frame`."""
+        return self.seed, self.update, self.prompt_index, frame
+
+    def shared(self, frame: int, rows: int) -> BlockNoise:
+        """The same noise in every row."""
+        world = self.world
+        draw = block_noise(world.model.model_config, world.stream, self.key(frame), self._device)
+        return lambda step: draw(step).expand(rows, -1, -1, -1, -1)
+
+    def mixed(self, frame: int, sequences: Sequence[int]) -> BlockNoise:
+        """Exploration `noise`: sqrt(1 - a) shared + sqrt(a) own for branches; the anchor's shared.
+
+        a is routing.noise_strength, so every mixture is again standard normal.
+        """
+        routing, shared = self.world.routing, self.shared(frame, len(sequences))
+        strength = routing.noise_strength
+
+        def draw(step: int) -> Tensor:
+            base = shared(step)
+            rows = [
+                row
+                if branch == routing.num_branches
+                else (1 - strength) ** 0.5 * row
+                + strength**0.5
+                * noise(tuple(row.shape), *self.key(frame), step, "branch", branch,
+                        device=self._device)
+                for row, branch in zip(base, sequences, strict=True)
+            ]  # fmt: skip
+            return torch.stack(rows)
+
+        return draw
+
+    @property
+    def _device(self) -> torch.device:
+        return self.world.model.spec.ranks.device
+
+
+@torch.no_grad()
+def roll_out_group(
+    world: World, encode: TextEncoder, prompt: Prompt, plan: RoutingPlan,
+    noises: GroupNoise, sequences: tuple[int, ...],
+) -> SampledGroup:  # fmt: skip
+    """Generate one group: the prefix once, then `sequences` (branches and the anchor) together.
+
+    Args:
+        world: model (acting with the sampling policy), pages and settings.
+        encode: text embeddings.
+        prompt: what to show.
+        plan: where to fork and what each branch sees.
+        noises: of this group.
+        sequences: which of 0..G (G is the anchor) this rank generates.
+    """
+    config, num_rows = world.stream, len(sequences)
+    stream = Stream.begin(world, 1, encode_segment(world.model, encode, [prompt], 0))
+    blocks: list[Tensor] = []
+    for frame in range(0, plan.fork_frame, config.block_frames):
+        _switch(stream, encode, prompt, blocks)
+        _extend(stream, blocks, noises, noises.shared(frame, 1), None)
+    _switch(stream, encode, prompt, blocks)
+
+    prefix = stream
+    stream = prefix.fork(num_rows, prefix.text.select(_zeros(world, num_rows)))
+    blocks = [block.expand(num_rows, -1, -1, -1, -1) for block in blocks]
+    window_stop = plan.fork_frame + plan.num_blocks * config.block_frames
+    records: list[BlockRecord] = []
+    for frame in range(plan.fork_frame, config.num_frames, config.block_frames):
+        if frame != plan.fork_frame:
+            _switch(stream, encode, prompt, blocks)
+        routed, draw = None, noises.shared(frame, num_rows)
+        if frame < window_stop:
+            routed = [(*plan.routed_frames_G, ())[n] for n in sequences]
+            if world.routing.exploration == "noise":
+                draw = noises.mixed(frame, sequences)
+        record = _extend(stream, blocks, noises, draw, routed)
+        if frame < window_stop:
+            records.append(record)
+    stream.release()
+    trajectory = Trajectory(
+        state_NPTFCHW=_stack([record.states for record in records]),
+        velocity_NPTFCHW=_stack([record.velocities for record in records]),
+    )
+    group = RolloutGroup(
+        prompt=prompt, plan=plan, latent_NFCHW=torch.cat(blocks, dim=1),
+        trajectory=trajectory, sequences=sequences,
+    )  # fmt: skip
+    return SampledGroup(group, prefix)
+
+
+def _extend(
+    stream: Stream, blocks: list[Tensor], noises: GroupNoise, draw: BlockNoise,
+    routed: Sequence[Sequence[int]] | None,
+) -> BlockRecord:  # fmt: skip
+    """Generate a block, append its latents, fill the cache with it."""
+    config = stream.world.stream
+    record = denoise_block(stream, draw, routed)
+    context = context_state(record.clean, config, noises.key(stream.frame))
+    stream.commit(context, routed, config.context_noise)
+    blocks.append(record.clean)
+    return record
+
+
+def _switch(stream: Stream, encode: TextEncoder, prompt: Prompt, blocks: list[Tensor]) -> None:
+    """If the prompt switches where the stream stands: new text, re-cache."""
+    if stream.frame in prompt.switch_frames:
+        text = encode_segment(stream.world.model, encode, [prompt], stream.frame)
+        text = text.select(_zeros(stream.world, len(stream.tables)))
+        stream.recache(text, torch.cat(blocks, dim=1))
+
+
+def _zeros(world: World, count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.long, device=world.model.spec.ranks.device)
+
+
+def _stack(per_block: list[list[Tensor]]) -> Tensor:
+    """P lists of T tensors [N, ...] -> [N, P, T, ...]."""
+    return torch.stack([torch.stack(list(steps), dim=1) for steps in per_block], dim=1)

@@ -1,0 +1,98 @@
+"""Replaying a group: what would this policy, unrouted, have done in each branch's states?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_kvpo.algorithm.energy import step_energy
+from megatron_kvpo.config import EnergyConfig
+from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
+from megatron_kvpo.records import Trajectory
+from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
+from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_segment
+
+
+def replay_energies(
+    sampled: SampledGroup, encode: TextEncoder, noises: GroupNoise, config: EnergyConfig,
+    rows: Sequence[int], *, grad: bool = False,
+) -> Tensor:  # fmt: skip
+    """Trajectory velocity energy of some rows under the acting policy, in the plain context.
+
+    E = sum over blocks and steps of w mean((v(z) - u)^2). The prefix's keys and values are the
+    sampling policy's; the text's are this policy's; after a block the branch's recorded latents
+    enter the cache (`replay_context: self` commits this policy's prediction instead). What the
+    cache holds is data: no gradient flows through it.
+
+    Args:
+        sampled: the group and its prefix.
+        encode: text embeddings.
+        noises: of the group, for context noise.
+        config: space, weights, gradient steps.
+        rows: row numbers of the group on this rank.
+        grad: build a graph through the first config.grad_steps steps. The value then has only
+            these.
+
+    Returns:
+        energy_B in float32, one a row.
+    """
+    world, group, plan = sampled.prefix.world, sampled.group, sampled.group.plan
+    stream_config, index = world.stream, list(rows)
+    recorded = replay_targets(sampled)
+    sigmas = sampler_sigmas(stream_config.steps, stream_config.shift)
+    latent_BFCHW = group.latent_NFCHW[index]
+    same = torch.zeros(len(index), dtype=torch.long, device=latent_BFCHW.device)
+    with torch.set_grad_enabled(grad):
+        text = encode_segment(world.model, encode, [group.prompt], plan.fork_frame).select(same)
+        stream = sampled.prefix.fork(len(index), text)
+        energy_B = latent_BFCHW.new_zeros(len(index), dtype=torch.float32)
+        for block in range(plan.num_blocks):
+            if block and stream.frame in group.prompt.switch_frames:
+                text = encode_segment(world.model, encode, [group.prompt], stream.frame)
+                stream.recache(text.select(same), latent_BFCHW[:, : stream.frame])
+            last = block + 1 == plan.num_blocks
+            predicted: Tensor | None = None
+            for step, sigma in enumerate(sigmas):
+                counts = not grad or step < config.grad_steps
+                wanted = config.replay_context == "self" and not last and step + 1 == len(sigmas)
+                if not counts and not wanted:
+                    continue
+                state = recorded.state_NPTFCHW[index, block, step]
+                with torch.set_grad_enabled(grad and counts):
+                    velocity = stream.velocity(state, sigma)
+                if counts:
+                    target = recorded.velocity_NPTFCHW[index, block, step]
+                    energy_B = energy_B + step_energy(velocity, target, sigma, config)
+                if wanted:
+                    predicted = clean_from_velocity(state, velocity.detach(), sigma)
+            if not last:
+                start = stream.frame
+                clean = latent_BFCHW[:, start : start + stream_config.block_frames]
+                context = context_state(
+                    clean if predicted is None else predicted, stream_config, noises.key(start)
+                )
+                stream.commit(context, sigma=stream_config.context_noise)
+        stream.release()
+    return energy_B
+
+
+def replay_targets(sampled: SampledGroup) -> Trajectory:
+    """States to feed and velocities to compare with, per row.
+
+    Branches that differ by routing replay their own. Branches that differ by noise only would
+    repeat themselves exactly (energy 0), so there the anchor's states z are replayed and the
+    branch's clean estimate x0 is the target: u = (z_anchor - x0_branch) / sigma.
+    """
+    trajectory, world = sampled.group.trajectory, sampled.prefix.world
+    if world.routing.exploration != "noise":
+        return trajectory
+    sigmas = sampler_sigmas(world.stream.steps, world.stream.shift)
+    sigma = torch.tensor(sigmas, device=trajectory.state_NPTFCHW.device).view(1, 1, -1, 1, 1, 1, 1)
+    clean = clean_from_velocity(trajectory.state_NPTFCHW, trajectory.velocity_NPTFCHW, sigma)
+    anchor = sampled.group.sequences.index(world.routing.num_branches)
+    state = trajectory.state_NPTFCHW[anchor : anchor + 1].expand_as(clean)
+    velocity = (state - clean) / sigma
+    velocity[anchor] = trajectory.velocity_NPTFCHW[anchor]  # unrounded: its energy is exactly 0
+    return Trajectory(state_NPTFCHW=state, velocity_NPTFCHW=velocity)

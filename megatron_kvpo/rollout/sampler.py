@@ -1,0 +1,131 @@
+"""One block from noise to clean latents, and whole videos of many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_kvpo.config import ModelConfig, StreamConfig
+from megatron_kvpo.flow import clean_from_velocity, next_state, sampler_sigmas
+from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
+from megatron_kvpo.parallel.seeds import noise
+from megatron_kvpo.records import Prompt
+from megatron_kvpo.rollout.stream import Stream, World
+
+BlockNoise = Callable[[int], Tensor]
+"""Step number -> noise_BFCHW: 0 is the starting state, s what makes the state of step s."""
+
+TextEncoder = Callable[[Sequence[str]], Tensor]
+"""Texts -> embeddings text_BXD."""
+
+
+class BlockRecord:
+    """What one block went through: T states and velocities, and the finished latents."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+        self.velocities: list[Tensor] = []
+        self.clean: Tensor = torch.empty(0)
+
+
+@torch.no_grad()
+def denoise_block(
+    stream: Stream, draw: BlockNoise, routed_B: Sequence[Sequence[int]] | None = None
+) -> BlockRecord:
+    """Generate the next block of every row: z0 = noise; x0 = z - sigma v; z' from x0 and noise.
+
+    The block is not yet in the cache: call stream.commit with its clean latents.
+    """
+    config, record = stream.world.stream, BlockRecord()
+    sigmas = sampler_sigmas(config.steps, config.shift)
+    state = draw(0)
+    for step, sigma in enumerate(sigmas):
+        velocity = stream.velocity(state, sigma, routed_B)
+        clean = clean_from_velocity(state, velocity, sigma)
+        record.states.append(state)
+        record.velocities.append(velocity)
+        record.clean = clean
+        if step + 1 < len(sigmas):
+            fresh = draw(step + 1) if config.sampler == "renoise" else None
+            state = next_state(
+                config.sampler, state, velocity, clean, sigma, sigmas[step + 1], fresh
+            )
+    return record
+
+
+def context_state(
+    clean: Tensor, config: StreamConfig, coordinates: tuple[int | str, ...]
+) -> Tensor:
+    """What the pass that fills the cache is fed: clean latents, or slightly noisy ones."""
+    if config.context_noise == 0:
+        return clean
+    fresh = noise(tuple(clean.shape[1:]), *coordinates, "context", device=clean.device)
+    return (1 - config.context_noise) * clean + config.context_noise * fresh
+
+
+def block_noise(
+    model: ModelConfig, stream: StreamConfig, coordinates: tuple[int | str, ...],
+    device: torch.device,
+) -> BlockNoise:  # fmt: skip
+    """Noise of one block of one video, [1, F, C, H, W] for each denoising step."""
+    shape = (1, stream.block_frames, *model.frame_shape)
+    return lambda step: noise(shape, *coordinates, step, device=device)
+
+
+def encode_segment(
+    model: CausalWan, encode: TextEncoder, prompts: Sequence[Prompt], frame: int
+) -> TextKeys:
+    """Text keys of what each prompt says at latent frame `frame`, one row a prompt."""
+    texts = [prompt.segments[prompt.segment_at(frame)] for prompt in prompts]
+    return model.encode_text(encode(texts).to(model.spec.ranks.device))
+
+
+@torch.no_grad()
+def generate_videos(
+    world: World, encode: TextEncoder, prompts: Sequence[Prompt], noise_keys: Sequence[int],
+    seed: int,
+) -> Tensor:  # fmt: skip
+    """Stream one video per (prompt, noise key), all rows as one batch. No exploration.
+
+    Returns:
+        latent_BFCHW of all stream.num_frames frames.
+    """
+    config, model = world.stream, world.model
+    stream = Stream.begin(world, len(prompts), encode_segment(model, encode, prompts, 0))
+    blocks: list[Tensor] = []
+    for frame in range(0, config.num_frames, config.block_frames):
+        if any(frame in prompt.switch_frames for prompt in prompts):
+            _switch(stream, encode, prompts, torch.cat(blocks, dim=1))
+        draws = [
+            block_noise(model.model_config, config, (seed, prompt.index, key, frame),
+                        model.spec.ranks.device)
+            for prompt, key in zip(prompts, noise_keys, strict=True)
+        ]  # fmt: skip
+        record = denoise_block(stream, lambda step, d=draws: torch.cat([draw(step) for draw in d]))  # type: ignore[misc]
+        stream.commit(
+            context_state(record.clean, config, (seed, "evaluation", frame)),
+            sigma=config.context_noise,
+        )
+        blocks.append(record.clean)
+    stream.release()
+    return torch.cat(blocks, dim=1)
+
+
+def _switch(
+    stream: Stream, encode: TextEncoder, prompts: Sequence[Prompt], latent_BFCHW: Tensor
+) -> None:
+    """New texts for the rows whose prompt switches at this frame; the others keep theirs."""
+    rows = [i for i, prompt in enumerate(prompts) if stream.frame in prompt.switch_frames]
+    model = stream.world.model
+    changed = encode_segment(model, encode, [prompts[i] for i in rows], stream.frame)
+    whole = stream.text.layers
+    index = torch.tensor(rows, device=latent_BFCHW.device)
+    merged = tuple(
+        (key.index_copy(0, index, new_key), value.index_copy(0, index, new_value))
+        for (key, value), (new_key, new_value) in zip(whole, changed.layers, strict=True)
+    )
+    part = Stream(stream.world, [stream.tables[i] for i in rows], changed, stream.frame)
+    part.recache(changed, latent_BFCHW[index])
+    stream.text = TextKeys(merged)
