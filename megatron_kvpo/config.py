@@ -94,7 +94,8 @@ class PolicyConfig:
     """Prompts per optimizer step, over all data ranks."""
 
     max_rows: int = 96
-    """Sequences of one forward; more are sent in turns."""
+    """Sequences of one evaluation or backward pass; more are sent in turns. A group's rollout and
+    replay go as one batch."""
 
     def __post_init__(self) -> None:
         check_positive("policy", lora_rank=self.lora_rank, groups_per_update=self.groups_per_update,

@@ -84,6 +84,11 @@ class ShapesCodec(nn.Module):
             nn.Conv2d(fine, 4 * pixels, 3, padding=1),
             nn.PixelShuffle(2),
         )
+        # Linear ways past both: they find the principal patches at once, the rest refines.
+        self.encoder_skip = nn.Conv2d(pixels, latent_channels, 4, stride=4)
+        self.decoder_skip = nn.Sequential(
+            nn.Conv2d(latent_channels, 16 * pixels, 1), nn.PixelShuffle(4)
+        )
         self.register_buffer("latents_mean", torch.zeros(latent_channels))
         self.register_buffer("latents_std", torch.ones(latent_channels))
 
@@ -110,7 +115,8 @@ class ShapesCodec(nn.Module):
         first = video_BCFHW[:, :, :1].expand(-1, -1, stride - 1, -1, -1)
         whole_BCFHW = torch.cat([first, video_BCFHW], dim=2)
         groups = whole_BCFHW.view(batch, 3, -1, stride, height, width).transpose(1, 2)
-        raw: Tensor = self.encoder(groups.reshape(-1, 3 * stride, height, width))
+        pixels_NCHW = groups.reshape(-1, 3 * stride, height, width)
+        raw: Tensor = self.encoder(pixels_NCHW) + self.encoder_skip(pixels_NCHW)
         return raw.view(batch, -1, *raw.shape[1:])
 
     def normalise(self, raw_BFCHW: Tensor) -> Tensor:
@@ -135,6 +141,7 @@ class ShapesCodec(nn.Module):
         last = zeros if cache is None else cache.last_latent_BCHW
         past = torch.cat([last[:, None], latent_BFCHW[:, :-1]], dim=1)
         groups: Tensor = self.decoder(torch.cat([past, latent_BFCHW], dim=2).flatten(0, 1))
+        groups = groups + self.decoder_skip(latent_BFCHW.flatten(0, 1))
         shape = (*latent_BFCHW.shape[:2], 3, self.temporal_stride, *groups.shape[2:])
         video = groups.reshape(shape).transpose(1, 2).flatten(2, 3)
         if cache is None:

@@ -1,0 +1,161 @@
+"""Speaking to the person at the terminal: the only place that prints.
+
+The first rank logs to stderr and to run.log; the others speak up from WARNING on. stdout is kept
+for results, so that `python -m megatron_kvpo.train ... | tail -1` is one JSON object.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+_ROOT = "megatron_kvpo"
+_COLUMNS = 79
+_RECENT_UPDATES = 20
+"""Updates that the time left is judged by."""
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module: `get_logger(__name__)`. Loggers outside the package join it."""
+    inside = name == _ROOT or name.startswith(f"{_ROOT}.")
+    return logging.getLogger(name if inside else f"{_ROOT}.{name}")
+
+
+def setup(first: bool, folder: Path | None = None, rank: int | None = None) -> None:
+    """Point the package's loggers at stderr and, on the first rank, at folder/run.log (appended).
+
+    Args:
+        first: whether this rank is the one that reports.
+        folder: of the run; made if missing. None writes no file.
+        rank: shown in the other ranks' warnings; None reads RANK.
+    """
+    root = logging.getLogger(_ROOT)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.propagate = False
+    root.setLevel(logging.INFO if first else logging.WARNING)
+    shown = os.environ.get("RANK", "?") if rank is None else rank
+    stderr = _StderrHandler()
+    stderr.setFormatter(_Formatter("" if first else f"rank {shown}: "))
+    root.addHandler(stderr)
+    if first and folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(folder / "run.log", encoding="utf-8")
+        file.setFormatter(_Formatter("", date=True))
+        root.addHandler(file)
+
+
+def emit_result(line: str) -> None:
+    """Print one line to stdout, at once: the run's result. ValueError if it is not one line."""
+    if "\n" in line:
+        raise ValueError(f"a result is one line, this one has {line.count(chr(10)) + 1}")
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+class _StderrHandler(logging.Handler):
+    """Writes above a progress bar, if there is one, and to whatever stderr is by now."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not getattr(record, "file_only", False):
+            tqdm.write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+
+
+class _Formatter(logging.Formatter):
+    """`17:38:05 message`; a warning names its level, a progress line stands alone on a terminal."""
+
+    def __init__(self, prefix: str, date: bool = False) -> None:
+        super().__init__(datefmt="%Y-%m-%d %H:%M:%S" if date else "%H:%M:%S")
+        self._prefix = prefix
+        self._always_stamp = date
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        if self._always_stamp or not getattr(record, "progress", False):
+            text = f"{self.formatTime(record, self.datefmt)} {self._prefix}{text}"
+        if record.exc_info:
+            text = f"{text}\n{self.formatException(record.exc_info)}"
+        return text
+
+
+class Progress:
+    """How far the run is: a bar on a terminal, else one line of at most 79 columns per update.
+
+    Every line also goes to run.log. Silent on ranks other than the first.
+    """
+
+    def __init__(
+        self, total: int, *, first: bool = True, start: int = 0, label: str = "update"
+    ) -> None:
+        """Count from `start` (updates done before a resume) to `total`. ValueError if above it."""
+        if not 0 <= start <= total:
+            raise ValueError(f"progress starts at {start} of {total}: start within the total")
+        self._total, self._first, self._label = total, first, label
+        self._ended_s: deque[tuple[int, float]] = deque(maxlen=_RECENT_UPDATES + 1)
+        self._ended_s.append((start, time.monotonic()))
+        self._logger = get_logger("progress")
+        self._bar: Any = None
+        if first and sys.stderr.isatty():
+            width = min(shutil.get_terminal_size().columns, 100) - 1
+            self._bar = tqdm(total=total, initial=start, file=sys.stderr, ncols=width,
+                             bar_format=f"{label} {{n}}/{{total}} |{{bar}}|")  # fmt: skip
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    @property
+    def seconds_per_update(self) -> float:
+        """Mean over the last 20 updates; nan before the first."""
+        (first, start_s), (last, end_s) = self._ended_s[0], self._ended_s[-1]
+        return (end_s - start_s) / (last - first) if last > first else math.nan
+
+    def update(self, done: int, **values: float) -> None:
+        """Say that `done` updates are finished; `values` (reward, gain, loss) in that order."""
+        self._ended_s.append((done, time.monotonic()))
+        if not self._first:
+            return
+        seconds = self.seconds_per_update
+        head = f"{self._label} {done:>{len(str(self._total))}}/{self._total}"
+        numbers = [f"{name} {value:+.3g}" for name, value in values.items()]
+        left = format_duration(seconds * (self._total - done))
+        tail = " ".join([*numbers, f"{seconds:.3g} s/{self._label}", f"left {left}"])
+        if self._bar is not None:
+            escaped = tail.replace("{", "{{").replace("}", "}}")
+            self._bar.bar_format = f"{head} |{{bar}}| {escaped}"
+            self._bar.n = done
+            self._bar.refresh()
+        line = f"{head} {tail}"[:_COLUMNS]
+        extra = {"progress": True, "file_only": self._bar is not None}
+        self._logger.info("%s", line, extra=extra)
+
+
+def format_duration(seconds: float) -> str:
+    """`1:02:03`, `2:03`, or `?` when it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

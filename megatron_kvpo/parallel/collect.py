@@ -1,0 +1,108 @@
+"""What ranks tell each other outside the model: shares of rows, means, small objects.
+
+Everything here is the identity over an axis of one rank. No function carries gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_kvpo.parallel.groups import Axis
+
+T = TypeVar("T")
+
+
+def share_of(n: int, axis: Axis) -> range:
+    """Which of `n` items are this rank's: contiguous, sizes differ by at most 1, larger first."""
+    return shares(n, axis.size)[axis.rank]
+
+
+def shares(n: int, size: int) -> list[range]:
+    """The share of every rank of an axis of `size`, in rank order."""
+    if n < 0:
+        raise ValueError(f"{n} items cannot be shared over {size} ranks: give 0 or more")
+    small, larger = divmod(n, size)
+    starts = [r * small + min(r, larger) for r in range(size + 1)]
+    return [range(a, b) for a, b in pairwise(starts)]
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
+    """All ranks' rows of `x`, concatenated in rank order along dim 0.
+
+    Args:
+        x: float [sizes[axis.rank], ...]; the other dims are the same on all ranks.
+        axis: who shares the rows.
+        sizes: rows of each rank; 0 is allowed.
+
+    Returns:
+        [sum(sizes), ...], on every rank, detached.
+
+    Raises:
+        ValueError: `sizes` does not fit the axis or this rank's `x`.
+    """
+    if len(sizes) != axis.size or x.shape[0] != sizes[axis.rank]:
+        raise ValueError(
+            f"rank {axis.rank} of {axis.size} holds {x.shape[0]} rows, sizes are {list(sizes)}: "
+            "give one size per rank, this rank's own among them"
+        )
+    if axis.size == 1:
+        return x.detach()
+    longest = max(sizes)
+    padded = x.new_zeros((longest, *x.shape[1:]))
+    padded[: x.shape[0]] = x
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=axis.group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+@torch.no_grad()
+def all_equal(x: Tensor, axis: Axis) -> tuple[bool, float]:
+    """Whether all ranks of the axis hold the same bits of `x`, and the largest |difference|.
+
+    The difference is to the axis's first rank; NaN against a number counts as infinite. The same
+    answer on every rank. `x` has one shape and dtype on all of them.
+    """
+    if axis.size == 1 or not x.numel():
+        return True, 0.0
+    first = x.detach().contiguous().clone()
+    dist.broadcast(first, src=dist.get_global_rank(axis.group, 0), group=axis.group)
+    bits, first_bits = (t.contiguous().reshape(-1).view(torch.uint8) for t in (x.detach(), first))
+    unequal = not torch.equal(bits, first_bits)
+    difference = (x.double() - first.double()).abs().nan_to_num(torch.inf).max().item()
+    worst = torch.tensor(
+        [float(unequal), difference if unequal else 0.0], dtype=torch.float64, device=x.device
+    )
+    dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=axis.group)
+    return worst[0].item() == 0.0, worst[1].item()
+
+
+@torch.no_grad()
+def mean_over(x: Tensor, axis: Axis) -> Tensor:
+    """Mean of `x` over the ranks of the axis, in x's dtype. A new tensor, the same on all ranks."""
+    total = x.detach().clone()
+    if axis.size > 1:
+        dist.all_reduce(total, group=axis.group)
+        total /= axis.size
+    return total
+
+
+def broadcast_object(value: T, axis: Axis) -> T:
+    """The first rank's `value`, on every rank of the axis. It must pickle."""
+    if axis.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=dist.get_global_rank(axis.group, 0), group=axis.group)
+    return box[0]
+
+
+def barrier(axis: Axis) -> None:
+    """Wait until every rank of the axis has come here."""
+    if axis.size > 1:
+        dist.barrier(group=axis.group)

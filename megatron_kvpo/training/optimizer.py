@@ -1,0 +1,220 @@
+"""AdamW over Megatron's gradient buffers: one update is reduced, checked, clipped and applied here.
+
+optimizer.zero_grad()
+for part in parts:
+    (optimizer.loss_scale * loss(part)).backward()
+optimizer.finalize()
+optimizer.step(update)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_kvpo.config import OptimizerConfig
+from megatron_kvpo.parallel.collect import all_equal
+from megatron_kvpo.parallel.groups import Ranks
+
+_log = logging.getLogger(__name__)
+
+
+def build_optimizer(
+    model: nn.Module, transformer_config: Any, config: OptimizerConfig, ranks: Ranks
+) -> Optimizer:
+    """Put the model's trainable parameters into Megatron's gradient buffers and AdamW.
+
+    Args:
+        model: its parameters with requires_grad are trained, float32, for the optimizer's life:
+            change their values in place and never rebind `.data`.
+        transformer_config: Megatron's TransformerConfig, the model's own.
+        config: learning rate, decay, clipping. Decay is decoupled and falls on every parameter.
+        ranks: who holds replicas.
+
+    Raises:
+        ValueError: nothing is trainable, or a trainable parameter is not float32.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+    from megatron.core.optimizer import get_megatron_optimizer
+
+    _check_trainable(model)
+    with torch.enable_grad():  # the wrapper finds each parameter's gradient node by using it once
+        wrapped = DistributedDataParallel(
+            transformer_config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+            ),
+            model,
+        )
+    megatron_config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=config.lr,
+        min_lr=0.0,
+        weight_decay=config.weight_decay,
+        decoupled_weight_decay=True,
+        adam_beta1=config.beta1,
+        adam_beta2=config.beta2,
+        adam_eps=config.eps,
+        clip_grad=config.grad_clip,
+        params_dtype=torch.float32,
+        use_distributed_optimizer=False,
+    )
+    # An empty table of overrides: by default Megatron spares biases and vectors the decay.
+    inner = get_megatron_optimizer(
+        megatron_config, [wrapped], config_overrides={}, use_gloo_process_groups=False
+    )
+    optimizer = Optimizer(wrapped, inner, config, ranks)
+    _log.info("optimizer is %s on %d tensors", optimizer.name, len(optimizer.parameters))
+    return optimizer
+
+
+def _check_trainable(model: nn.Module) -> None:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "the model has 0 trainable parameters: set requires_grad on the adapter or the weights"
+        )
+    wrong = [f"{name} {p.dtype}" for name, p in trainable.items() if p.dtype != torch.float32]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} trainable parameters are not float32 (first: {wrong[:3]}): keep what "
+            "trains in float32 and freeze the rest"
+        )
+
+
+class Optimizer:
+    """What build_optimizer returns. Gradients add up over backward passes until `step`."""
+
+    def __init__(self, wrapped: Any, inner: Any, config: OptimizerConfig, ranks: Ranks) -> None:
+        self._wrapped = wrapped
+        self._inner = inner
+        self._config = config
+        self._ranks = ranks
+        self._reduced = False
+        self._prime()
+        self.gradient_norm = math.nan
+        """Norm over all ranks' shares at the last step, before clipping. NaN before the first."""
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor for every loss: ranks.branch.size x ranks.context.size.
+
+        Megatron averages gradients over branch, data and context ranks. The terms of a loss that
+        branch ranks hold, and the tokens that context ranks hold, are parts of one sum; only data
+        ranks hold samples of a mean. Multiplying by the two sizes makes up for it.
+        """
+        return float(self._ranks.branch.size * self._ranks.context.size)
+
+    @property
+    def name(self) -> str:
+        """Class of the AdamW in use: fused where Transformer Engine or Apex is there."""
+        kind = type(self._inner.optimizer)
+        return f"{kind.__module__.split('.')[0]} {kind.__name__}"
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in the optimizer's order."""
+        return [p for group in self._inner.param_groups for p in group["params"]]
+
+    def zero_grad(self) -> None:
+        """Start an update: forget all gradients."""
+        self._wrapped.zero_grad_buffer()
+        self._inner.zero_grad(set_to_none=True)
+        self._reduced = False
+
+    def finalize(self) -> None:
+        """Average the gradients over replicas. Once per update, after the last backward."""
+        from megatron.core.distributed import finalize_model_grads
+
+        if self._reduced:
+            raise RuntimeError("the gradients are reduced already: call zero_grad for a new update")
+        finalize_model_grads([self._wrapped])
+        self._reduced = True
+
+    def check_gradients_equal(self) -> float:
+        """Largest difference of the reduced gradients between replicas; 0.0 if all bits agree.
+
+        Bits that differ without a numerical difference (0.0 and -0.0) count as the smallest
+        positive float. Collective; call it between `finalize` and `step`.
+        """
+        largest = 0.0
+        for buffer in self._wrapped.buffers:
+            for axis in (self._ranks.replicas, self._ranks.context):
+                equal, difference = all_equal(buffer.grad_data, axis)
+                largest = max(largest, difference, 0.0 if equal else math.ulp(0.0))
+        return largest
+
+    def step(self, update: int, scale: float = 1.0) -> float:
+        """Apply the reduced gradients as update number `update`, counted from 0.
+
+        The learning rate is lr x min(1, (update + 1) / warmup_updates) x `scale`.
+
+        Returns:
+            The gradient norm before clipping; the same on every rank of a replica.
+
+        Raises:
+            RuntimeError: `finalize` was not called.
+            ValueError: a gradient is not finite. No weight has changed, and every rank raises.
+        """
+        if not self._reduced:
+            raise RuntimeError("the gradients are not reduced: call finalize before step")
+        self._inner.prepare_grads()
+        norm = float(self._inner.get_grad_norm())
+        self.gradient_norm = norm
+        if not math.isfinite(norm):
+            self._inner.zero_grad(set_to_none=True)
+            raise ValueError(
+                f"update {update} has gradient norm {norm}: no weight was changed. Look at the "
+                "loss and the rewards of this update, or lower optimizer.lr"
+            )
+        warm = min(1.0, (update + 1) / max(1, self._config.warmup_updates))
+        rate = self._config.lr * warm * scale
+        for group in self._inner.param_groups:
+            group["lr"] = rate
+        self._inner.step()
+        self._inner.zero_grad(set_to_none=True)
+        self._reduced = False
+        return norm
+
+    def sharded_state_dict(self, model_sharded: dict[str, Any]) -> dict[str, Any]:
+        """Moments and step count as Megatron's sharded tensors, to save or to load into.
+
+        `model_sharded` is the model's sharded state dict with the parameters themselves as data
+        (state_dict with keep_vars). ValueError from Megatron if it lacks a trained parameter.
+        """
+        sharded: dict[str, Any] = self._inner.sharded_state_dict(model_sharded)
+        return sharded
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what was loaded into `sharded_state_dict`.
+
+        Moments and step count come from `state`; learning rate, betas, eps and decay stay those of
+        this run's config.
+        """
+        own_groups = self._inner.param_groups
+        groups = [
+            {**saved, **{k: v for k, v in own.items() if k not in ("params", "step")}}
+            for saved, own in zip(state["param_groups"], own_groups, strict=True)
+        ]
+        moments = dict(state["state"])
+        if self._counts_per_tensor:  # Megatron omits the count of a run that has not stepped yet
+            moments.setdefault("common_step", torch.tensor(0.0))
+        self._inner.load_state_dict({**state, "state": moments, "param_groups": groups})
+
+    @property
+    def _counts_per_tensor(self) -> bool:
+        """Torch's AdamW counts steps per tensor, fused ones per group."""
+        return isinstance(self._inner.optimizer, torch.optim.AdamW)
+
+    def _prime(self) -> None:
+        """Make the moments now, all zero: a checkpoint is loaded into them before any step."""
+        for part in self._inner.chained_optimizers:
+            part.init_state_fn(part.optimizer, part.config)
+        if self._counts_per_tensor:
+            for state in self._inner.optimizer.state.values():
+                state["step"] = torch.tensor(0.0)

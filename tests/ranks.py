@@ -1,0 +1,58 @@
+"""Run a function on several CPU ranks and bring back what each returned."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _main(
+    rank: int, world: int, folder: str, limit_s: float, fn: Callable[..., Any], args: tuple
+) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=limit_s),
+    )
+    try:
+        torch.save(fn(rank, *args), f"{folder}/{rank}.pt")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def on_ranks(
+    world: int, fn: Callable[..., Any], *args: Any, folder: Path, limit_s: float = 60
+) -> list[Any]:
+    """Call `fn(rank, *args)` on `world` gloo ranks; return the results in rank order.
+
+    torch.distributed is up and torchrun's variables are set when fn begins. A file store, not a
+    port, so tests can run side by side. What a rank raises is raised here; ranks that hang fail
+    after limit_s: a collective that one rank skips must show as a failure, not as a stuck job.
+    A launch costs about 6 s with megatron-core in it: put many assertions into one.
+    """
+    own = tempfile.mkdtemp(dir=folder)
+    context = mp.spawn(_main, args=(world, own, limit_s, fn, args), nprocs=world, join=False)
+    deadline = time.monotonic() + limit_s
+    while not context.join(timeout=1):  # True once all have ended; raises what a rank raised
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"ranks did not finish in {limit_s} s: a collective is out of step")
+    return [torch.load(f"{own}/{rank}.pt", weights_only=False) for rank in range(world)]

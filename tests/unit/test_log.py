@@ -1,0 +1,111 @@
+"""The logger's promises: stdout for results only, one rank speaks, lines fit a terminal."""
+
+import logging
+
+import pytest
+
+from megatron_kvpo import log
+
+
+@pytest.fixture(autouse=True)
+def _quiet_afterwards():
+    yield
+    root = logging.getLogger("megatron_kvpo")
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+        handler.close()
+    root.propagate = True
+
+
+def test_first_rank_logs_to_stderr_and_file_and_leaves_stdout_alone(tmp_path, capsys):
+    log.setup(True, tmp_path / "run")
+    log.get_logger("megatron_kvpo.train").info("base weights %s", "loaded")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.rstrip().endswith("base weights loaded")
+    assert "base weights loaded" in (tmp_path / "run" / "run.log").read_text()
+
+
+def test_other_ranks_only_warn_and_say_who_they_are(tmp_path, capsys):
+    log.setup(False, tmp_path, rank=3)
+    logger = log.get_logger("__main__")
+    logger.info("not heard")
+    logger.warning("a video is corrupt")
+    err = capsys.readouterr().err
+    assert "not heard" not in err
+    assert "rank 3: warning: a video is corrupt" in err
+    assert not (tmp_path / "run.log").exists()
+
+
+def test_setup_twice_says_things_once(tmp_path, capsys):
+    log.setup(True, tmp_path)
+    log.setup(True, tmp_path)
+    log.get_logger("x").info("once")
+    assert capsys.readouterr().err.count("once") == 1
+    assert (tmp_path / "run.log").read_text().count("once") == 1
+
+
+def test_progress_lines_fit_80_columns_and_tell_time_left(tmp_path, capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    log.setup(True, tmp_path)
+    with log.Progress(1200, start=1000) as progress:
+        for done in range(1001, 1004):
+            now[0] += 12.5
+            progress.update(done, reward=-0.123456, gain=0.25, loss=-1.5e-5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all(len(line) < 80 for line in lines)
+    assert (
+        lines[-1]
+        == ("update 1003/1200 reward -0.123 gain +0.25 loss -1.5e-05 12.5 s/update left 41:02"[:79])
+    )  # 197 updates at 12.5 s are 2462 s
+    assert progress.seconds_per_update == 12.5
+    assert (tmp_path / "run.log").read_text().count("update 10") == 3
+
+
+def test_progress_on_a_terminal_is_a_bar_and_the_lines_go_to_the_file(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(log.sys.stderr, "isatty", lambda: True, raising=False)
+    log.setup(True, tmp_path)
+    with log.Progress(4) as progress:
+        progress.update(1, reward=0.5)
+        log.get_logger("x").info("a word in between")
+        progress.update(2, reward=0.6)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "update 2/4 |" in err
+    assert "\r" in err
+    assert "a word in between" in err
+    text = (tmp_path / "run.log").read_text()
+    assert "update 1/4 reward +0.5" in text
+    assert "update 2/4 reward +0.6" in text
+
+
+def test_progress_is_silent_on_other_ranks_but_still_measures(capsys):
+    log.setup(False, rank=1)
+    with log.Progress(4, first=False) as progress:
+        progress.update(2, reward=1.0)
+    assert capsys.readouterr().err == ""
+    assert progress.seconds_per_update >= 0
+
+
+def test_progress_refuses_a_start_beyond_the_end():
+    with pytest.raises(ValueError, match="starts at 5 of 4"):
+        log.Progress(4, start=5)
+
+
+def test_result_is_one_line_on_stdout(capsys):
+    log.emit_result('{"gain_sd": 0.3}')
+    assert capsys.readouterr().out == '{"gain_sd": 0.3}\n'
+    with pytest.raises(ValueError, match="one line, this one has 2"):
+        log.emit_result("a\nb")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (float("nan"), "?"), (float("inf"), "?")],
+)
+def test_durations_read_like_a_clock(seconds, text):
+    assert log.format_duration(seconds) == text
