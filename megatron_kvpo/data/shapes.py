@@ -17,7 +17,15 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_kvpo.world import PIXEL_FPS, Scene, pixel_start, render, sample_scene
+from megatron_kvpo.records import Prompt
+from megatron_kvpo.world import (
+    PIXEL_FPS,
+    Scene,
+    pixel_start,
+    render,
+    sample_scene,
+    scene_from_texts,
+)
 
 Codec = Literal["vp9", "h264"]
 
@@ -127,11 +135,35 @@ def _write_range(
     rows: list[dict[str, object]] = []
     for index in indices:
         scene, switches = draw_scene(seed, index, num_latent_frames)
-        name = f"{index:05d}.mp4"
-        write_video(folder / name, render(scene, size), codec=codec)
-        rows.append({"file": name, "segments": scene.captions, "switch_frames": list(switches),
-                     "fps": PIXEL_FPS, "num_pixel_frames": scene.num_pixel_frames})  # fmt: skip
+        rows.append(_write_scene(folder, index, scene, switches, codec, size))
     return rows
+
+
+def _write_scene(
+    folder: Path, index: int, scene: Scene, switches: Sequence[int], codec: Codec, size: int
+) -> dict[str, object]:
+    name = f"{index:05d}.mp4"
+    write_video(folder / name, render(scene, size), codec=codec)
+    return {"file": name, "segments": scene.captions, "switch_frames": list(switches),
+            "fps": PIXEL_FPS, "num_pixel_frames": scene.num_pixel_frames}  # fmt: skip
+
+
+def write_prompt_videos(
+    folder: Path, prompts: Sequence[Prompt], num_latent_frames: int, *, codec: Codec = "vp9",
+    size: int = 32,
+) -> None:  # fmt: skip
+    """What each prompt asks for, as a real video: `00000.mp4` and on, and their manifest.
+
+    The folder is replaced if it is there.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    rows = []
+    for index, prompt in enumerate(prompts):
+        starts = [0, *(pixel_start(frame) for frame in prompt.switch_frames)]
+        scene = scene_from_texts(prompt.segments, starts, pixel_start(num_latent_frames))
+        rows.append(_write_scene(folder, index, scene, prompt.switch_frames, codec, size))
+    _write_lines(folder / MANIFEST, rows)
 
 
 def write_video(path: Path, frames_FHWC: NDArray[np.uint8], *, codec: Codec = "vp9") -> None:

@@ -55,9 +55,9 @@ def check_start(
     figures = _worst(figures, stages.ranks)
     if not figures["ratio"] <= config.ratio_tolerance:
         raise AlarmError(
-            f"alarm ratio: before the first update a branch's ratio is off 1 by "
-            f"{figures['ratio'] / temperature:.3g} (limit {config.ratio_tolerance / temperature:.3g}"
-            "): rollout and replay score different laws"
+            "alarm ratio: before the first update a branch's ratio is off 1 by "
+            f"{figures['ratio'] / temperature:.3g}, the limit is "
+            f"{config.ratio_tolerance / temperature:.3g}: rollout and replay score different laws"
         )
     if not figures["anchor_energy"] <= config.energy_tolerance:
         raise AlarmError(

@@ -3,6 +3,7 @@
 from megatron_kvpo.world.captions import (
     COLOURS,
     MOTIONS,
+    PLACES,
     SHAPES,
     SPEEDS,
     STILL,
@@ -24,10 +25,11 @@ from megatron_kvpo.world.scenes import (
     positions,
     render,
     sample_scene,
+    scene_from_texts,
 )
 
 __all__ = [
-    "AREAS", "BACKGROUND", "COLOURS", "GRID", "MOTIONS", "PIXEL_FPS", "SHAPES", "SPEEDS",
-    "STILL", "WORDS", "Scene", "SegmentSpec", "SpriteState", "bounds", "caption", "coverage",
-    "parse_captions", "pixel_start", "positions", "render", "sample_scene",
+    "AREAS", "BACKGROUND", "COLOURS", "GRID", "MOTIONS", "PIXEL_FPS", "PLACES", "SHAPES",
+    "SPEEDS", "STILL", "WORDS", "Scene", "SegmentSpec", "SpriteState", "bounds", "caption", "coverage",
+    "parse_captions", "pixel_start", "positions", "render", "sample_scene", "scene_from_texts",
 ]  # fmt: skip

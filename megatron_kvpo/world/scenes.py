@@ -24,6 +24,7 @@ from megatron_kvpo.world.captions import (
     SegmentSpec,
     SpriteState,
     caption,
+    parse_captions,
 )
 
 Floats = NDArray[np.float32]
@@ -311,3 +312,21 @@ def render(
             paint[start:stop] = COLOURS[segment.sprites[index].colour]
         frames += cover * (paint - frames)
     return np.rint(frames).astype(np.uint8)
+
+
+def scene_from_texts(texts: Sequence[str], starts: Sequence[int], num_pixel_frames: int) -> Scene:
+    """The scene that texts describe, its sprites exactly at the places they name.
+
+    Args:
+        texts: one per segment; a sprite of no named place begins in the middle.
+        starts: first pixel frame of each segment; the first is 0.
+        num_pixel_frames: of the whole video.
+    """
+    segments = tuple(parse_captions(texts))
+    origins = []
+    for sprite in segments[0].sprites:
+        share = PLACES[sprite.place or "middle centre"]
+        (low_x, high_x), (low_y, high_y) = bounds(sprite.shape)
+        origins.append((low_x + share[0] * (high_x - low_x), low_y + share[1] * (high_y - low_y)))
+    return Scene(segments=segments, starts=tuple(starts), origins=tuple(origins),
+                 num_pixel_frames=num_pixel_frames)  # fmt: skip

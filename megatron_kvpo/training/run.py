@@ -1,0 +1,196 @@
+"""A run's parts, put together once: what train.py's loop needs around its three stages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_kvpo import log
+from megatron_kvpo.checkpoint.state import load, newest, save
+from megatron_kvpo.config import RunConfig
+from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
+from megatron_kvpo.model.codec import load_codec
+from megatron_kvpo.model.specs import check_layout
+from megatron_kvpo.model.text_encoder import WordEncoder
+from megatron_kvpo.parallel.collect import mean_over
+from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
+from megatron_kvpo.records import LossOutput, Prompt
+from megatron_kvpo.reward.composite import Scorer
+from megatron_kvpo.rollout.group import SampledGroup
+from megatron_kvpo.rollout.stream import new_world
+from megatron_kvpo.routing import legal_forks
+from megatron_kvpo.training.evaluate import Evaluator
+from megatron_kvpo.training.metrics import Metrics
+from megatron_kvpo.training.policy import Policy
+from megatron_kvpo.training.report import write_report
+from megatron_kvpo.training.stages import Stages
+from megatron_kvpo.training.summary import EvaluationTable, summarise, to_json
+
+logger = log.get_logger(__name__)
+
+
+class Run:
+    """Everything that lives from the first update to the last."""
+
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, policy: Policy, stages: Stages, evaluator: Evaluator
+    ) -> None:
+        self.config, self.ranks, self.policy, self.stages = config, ranks, policy, stages
+        self.evaluator = evaluator
+        self.first = is_first(ranks)
+        self.update = 0
+        """Updates done when the loop begins."""
+
+        self._tables: dict[str, EvaluationTable] = {}
+        self._real: float | None = None
+
+    @staticmethod
+    def start(config: RunConfig) -> Run:
+        """Check the settings, join the ranks, build everything, resume if there is a checkpoint.
+
+        ValueError for settings or files that cannot work, before anything is written.
+        """
+        prompts, held_out = check_run(config)
+        ranks = start_ranks(config.parallel, config.device)
+        share(range(config.policy.groups_per_update), ranks.data.rank, ranks.data.size)
+        log.setup(is_first(ranks), config.run_folder)
+        policy = Policy.build(config, ranks)
+        codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device).eval()
+        codec.requires_grad_(False)
+        encode = WordEncoder(config.model.text_dim, config.model.text_length).encode
+        num_groups = config.policy.groups_per_update // ranks.data.size
+        rows = num_groups + 2 * (config.routing.num_branches + 1)
+        world = new_world(policy.model, config.stream, config.routing,
+                          max(rows, config.policy.max_rows))  # fmt: skip
+        scorer = Scorer(config.reward, config.stream, codec.decode_pixels)
+        stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)
+        stages = Stages(config, ranks, policy, world, encode, scorer, stream)
+        evaluator = Evaluator(config, ranks, policy, world, encode, scorer, codec, held_out)
+        run = Run(config, ranks, policy, stages, evaluator)
+        run._resume()
+        return run
+
+    def reference_energies(
+        self, update: int, groups: Sequence[SampledGroup], current: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        """Branch energies under the frozen initial policy; None when the loss does not use it."""
+        if self.config.loss.kl_coefficient == 0:
+            return None
+        if update == 0:  # nothing has been trained yet: the same weights
+            return current[0]
+        return self.stages.energies(update, groups, "reference")[0]
+
+    def evaluate(self, name: str, metrics: Metrics) -> None:
+        """Evaluate `before` (the initial weights) or `after` (config.evaluation.adapter)."""
+        if not self.evaluator.prompts:
+            return
+        logger.info("evaluating %d videos %s training", self.evaluator.num_videos, name)
+        slot = "reference" if name == "before" else self.config.evaluation.adapter
+        self._tables[name] = self.evaluator.run(name, slot)
+        if not self.first:
+            return
+        if name == "before":
+            self._real = self.evaluator.real()
+            logger.info("real videos of the same prompts score %.3f", self._real)
+        self._log_table(self._tables[name], 0 if name == "before" else self.config.num_updates,
+                        metrics)  # fmt: skip
+        metrics.log_video(f"eval/{name}", self.evaluator.video_path(name), self.update)
+
+    def evaluate_on_the_way(self, update: int, metrics: Metrics) -> None:
+        """Every config.evaluation.every updates, but not at the end, where `after` comes."""
+        every = self.config.evaluation.every
+        if every and update % every == 0 and update < self.config.num_updates:
+            table = self.evaluator.run(f"{update:06d}", self.config.evaluation.adapter)
+            self._log_table(table, update, metrics)
+
+    def _log_table(self, table: EvaluationTable, update: int, metrics: Metrics) -> None:
+        scores = {name: float(table.of(name).mean()) for name in table.components}
+        metrics.log(update, eval={"composite": float(table.of(None).mean()), **scores})
+
+    def log(
+        self, update: int, metrics: Metrics, progress: log.Progress,
+        groups: Sequence[SampledGroup], loss: LossOutput, seen: dict[str, Tensor],
+        current: tuple[Tensor, Tensor], grad_norm: float,
+    ) -> None:  # fmt: skip
+        """Report one update, averaged over data ranks, and let its groups' pages go."""
+        if update == 0 and self.first and self.evaluator.prompts:
+            self.evaluator.show_group(groups[0])
+        for sampled in groups:
+            sampled.release()
+        values = {
+            **seen, **loss.metrics, "loss/total": loss.loss,
+            "policy/energy_mean": current[0].mean(), "policy/energy_max": current[0].max(),
+            "policy/anchor_energy": current[1].max(),
+        }  # fmt: skip
+        stacked = torch.stack([v.double().to(self.ranks.device) for v in values.values()])
+        means = dict(zip(values, mean_over(stacked, self.ranks.data).tolist(), strict=True))
+        metrics.log(update, {**means, "policy/grad_norm": grad_norm})
+        progress.update(update + 1, reward=means["reward/composite"], loss=means["loss/total"],
+                        grad=grad_norm)  # fmt: skip
+
+    def save(self, update: int) -> None:
+        """Write a checkpoint if it is time."""
+        checkpoint = self.config.checkpoint
+        last = update == self.config.num_updates
+        if checkpoint.every and (last or update % checkpoint.every == 0):
+            tree = self.policy.sharded_state()
+            tree["run"] = {"update": update, "seed": self.config.seed}
+            save(self.config.run_folder / "checkpoints", update, tree, self.ranks, checkpoint.keep)
+
+    def _resume(self) -> None:
+        folder = self.config.run_folder / "checkpoints"
+        found = newest(folder) if self.config.checkpoint.resume else None
+        if found is None:
+            return
+        tree = self.policy.sharded_state()
+        tree["run"] = {}
+        state = load(found, tree, self.ranks)
+        saved = state["run"]
+        if saved["seed"] != self.config.seed:
+            raise ValueError(
+                f"{found} belongs to a run of seed {saved['seed']}, this one has seed "
+                f"{self.config.seed}: give it another name, or set checkpoint.resume=false"
+            )
+        self.policy.load_state(state)
+        self.update = int(saved["update"])
+        logger.info("resuming from %s: %d updates are done", found, self.update)
+
+    def finish(self, seconds_per_update: float) -> None:
+        """Summary, report and the last line of output; leave the ranks."""
+        folder = self.config.run_folder
+        if self.first and "after" in self._tables:
+            summary = summarise(
+                self._tables["before"], self._tables["after"],
+                held_out=self.config.reward.held_out, updates=self.config.num_updates,
+                seconds_per_update=seconds_per_update, ranks=self.ranks.world,
+                reward_real=self._real, name=self.config.name, seed=self.config.seed,
+            )  # fmt: skip
+            (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            if self.config.log.report:
+                logger.info("report: %s", write_report(folder))
+            log.emit_result(to_json(summary))
+        stop_ranks()
+
+
+def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts of a recipe, after the checks that need no ranks.
+
+    ValueError: prompts that do not fit the stream, no legal fork, sizes that do not divide.
+    """
+    check_layout(config.model, config.parallel, config.stream.block_frames)
+    legal_forks(config.stream, config.routing)
+    if config.routing.num_branches < config.parallel.branch:
+        raise ValueError(
+            f"parallel.branch {config.parallel.branch} exceeds routing.num_branches "
+            f"{config.routing.num_branches}: some ranks would have no branch"
+        )
+    prompts = load_prompts(config.data.prompts)
+    check_prompts(prompts, config.stream)
+    held_out: list[Prompt] = []
+    if config.evaluation.prompts is not None:
+        held_out = load_prompts(config.evaluation.prompts)
+        check_prompts(held_out, config.stream)
+    return prompts, held_out
