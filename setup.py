@@ -15,6 +15,7 @@ RUNTIME = [
     "torch>=2.6",
     "megatron-core>=0.16.1",  # 0.17 and later need Python 3.12
     "numpy",
+    "pillow",
     "packaging",  # megatron-core imports it
     "peft>=0.17",
     "safetensors",
@@ -27,7 +28,7 @@ RUNTIME = [
 ]
 EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9"],
-    "reward": ["transformers>=4.57", "diffusers>=0.35", "accelerate", "pillow"],
+    "reward": ["transformers>=4.57", "diffusers>=0.35", "accelerate"],
     "dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy>=1.11", "types-PyYAML", "scipy"],
 }
 

@@ -48,9 +48,11 @@ class ModelConfig:
     """Recompute each block's activations in backward."""
 
     def __post_init__(self) -> None:
-        check_positive("model", hidden_dim=self.hidden_dim, ffn_dim=self.ffn_dim, text_dim=self.text_dim,
-                  num_layers=self.num_layers, num_heads=self.num_heads,
-                  text_length=self.text_length, latent_channels=self.latent_channels)  # fmt: skip
+        check_positive(
+            "model", hidden_dim=self.hidden_dim, ffn_dim=self.ffn_dim, text_dim=self.text_dim,
+            num_layers=self.num_layers, num_heads=self.num_heads, text_length=self.text_length,
+            latent_channels=self.latent_channels,
+        )  # fmt: skip
         if self.hidden_dim % self.num_heads or (self.hidden_dim // self.num_heads) % 2:
             raise ValueError(
                 f"model.hidden_dim {self.hidden_dim} over model.num_heads {self.num_heads} must be "
@@ -196,7 +198,14 @@ class RoutingConfig:
                 f"routing.num_branches is {self.num_branches}: a group needs at least 2 branches, "
                 "or every advantage is zero"
             )
-        check_positive("routing", num_routed_blocks=self.num_routed_blocks, fork_chunks=self.fork_chunks)
+        check_positive(
+            "routing", num_routed_blocks=self.num_routed_blocks, fork_chunks=self.fork_chunks
+        )
+        if self.num_recent_frames < 0 or self.pool_margin_frames < 0:
+            raise ValueError(
+                f"routing.num_recent_frames {self.num_recent_frames} and "
+                f"routing.pool_margin_frames {self.pool_margin_frames} must not be negative"
+            )
         if not 0 < self.noise_strength <= 1:
             raise ValueError(f"routing.noise_strength is {self.noise_strength}: use (0, 1]")
 
@@ -261,4 +270,4 @@ class LossConfig:
     """Weight of KL(policy || reference) over a group. 0 drops the reference."""
 
     unsafe_scale: float = 1.0
-    """Factor on the surrogate when no branch beats the anchor. The reference uses 0.5."""
+    """Factor on the loss of a group none of whose branches beats the anchor. The reference: 0.5."""

@@ -12,6 +12,7 @@ Frames are latent frames unless a name says `pixel`.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -39,7 +40,7 @@ class Prompt:
                 f"{len(self.switch_frames)} switch frames: it needs {len(self.segments) - 1}"
             )
         starts = (0, *self.switch_frames)
-        if any(b <= a for a, b in zip(starts, starts[1:], strict=False)):
+        if any(b <= a for a, b in itertools.pairwise(starts)):
             raise ValueError(f"prompt {self.index}: switch frames {self.switch_frames} must rise")
 
     def segment_at(self, frame: int) -> int:

@@ -1,4 +1,4 @@
-"""From a YAML file and dotted overrides to frozen dataclasses, and back. Knows no setting by name."""
+"""From a YAML file and dotted overrides to frozen dataclasses, and back. Names no setting."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from typing import Any, TypeVar
 import yaml
 
 T = TypeVar("T")
+
+_TYPE_NAMES = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path",
+}  # fmt: skip
 
 
 def from_mapping(cls: type[T], values: dict[str, Any], where: str = "") -> T:
@@ -91,7 +95,7 @@ def _coerce_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is int and isinstance(value, bool):
         raise ValueError(f"{path} is {value!r}: it takes a whole number")
     if not isinstance(value, hint):
-        raise ValueError(f"{path} is {value!r}: it takes a {hint.__name__}")
+        raise ValueError(f"{path} is {value!r}: it takes {_TYPE_NAMES.get(hint, hint.__name__)}")
     return value
 
 

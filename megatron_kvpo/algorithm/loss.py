@@ -15,20 +15,21 @@ def kvpo_loss(
     old_log_prob_PG: Tensor,
     reference_log_prob_PG: Tensor | None,
     advantage_PG: Tensor,
-    surrogate_scale_P: Tensor,
+    scale_P: Tensor,
     config: LossConfig,
 ) -> LossOutput:
     """Clipped surrogate plus KL to the reference, over the branches of each prompt.
 
-        L = mean_p [ -scale_p mean_g min(rho A, clip(rho, 1 - low, 1 + high) A)
-                     + kl_coefficient sum_g pi (log pi - log pi_reference) ],  rho = pi / pi_old
+        L = mean_p scale_p [ -mean_g min(rho A, clip(rho, 1 - low, 1 + high) A)
+                             + kl_coefficient sum_g pi (log pi - log pi_reference) ],
+        rho = pi / pi_old
 
     Args:
         log_prob_PG: Current policy, normalised over each group. The only input with gradient.
         old_log_prob_PG: The policy that sampled the groups.
         reference_log_prob_PG: Frozen initial policy; None drops the KL.
         advantage_PG: Of each branch.
-        surrogate_scale_P: 1, or `config.unsafe_scale` where no branch beats the anchor.
+        scale_P: 1, or `config.unsafe_scale` where no branch beats the anchor.
         config: Trust region and KL weight.
 
     Returns:
@@ -40,19 +41,17 @@ def kvpo_loss(
     _check_inputs(log_prob_PG, old_log_prob_PG, reference_log_prob_PG, advantage_PG)
     ratio_PG = (log_prob_PG - old_log_prob_PG.detach()).exp()
     clipped_PG = ratio_PG.clamp(1 - config.clip_low, 1 + config.clip_high)
-    advantage_PG = advantage_PG.detach()
     gain_P = torch.minimum(ratio_PG * advantage_PG, clipped_PG * advantage_PG).mean(dim=-1)
-    if surrogate_scale_P.shape != gain_P.shape:
+    if scale_P.shape != gain_P.shape:
         raise ValueError(
-            f"surrogate_scale_P has shape {tuple(surrogate_scale_P.shape)}: give one factor per "
-            f"group, {tuple(gain_P.shape)}"
+            f"scale_P has shape {tuple(scale_P.shape)}: give one factor per group, "
+            f"{tuple(gain_P.shape)}"
         )
-    surrogate = -(gain_P * surrogate_scale_P.detach()).mean()
-
+    surrogate = -(gain_P * scale_P).mean()
     kl = log_prob_PG.new_zeros(())
     if reference_log_prob_PG is not None:
         kl_PG = log_prob_PG.exp() * (log_prob_PG - reference_log_prob_PG.detach())
-        kl = kl_PG.sum(dim=-1).mean()
+        kl = (kl_PG.sum(dim=-1) * scale_P).mean()
 
     metrics = {
         "loss/surrogate": surrogate.detach(),
@@ -78,7 +77,7 @@ def energy_weights(
     old_energy_PG: Tensor,
     reference_energy_PG: Tensor | None,
     advantage_PG: Tensor,
-    surrogate_scale_P: Tensor,
+    scale_P: Tensor,
     temperature: float,
     config: LossConfig,
 ) -> tuple[LossOutput, Tensor]:
@@ -94,7 +93,7 @@ def energy_weights(
         old_energy_PG: Those of the policy that sampled.
         reference_energy_PG: Those of the initial policy; None drops the KL.
         advantage_PG: Of each branch.
-        surrogate_scale_P: As in `kvpo_loss`.
+        scale_P: As in `kvpo_loss`.
         temperature: Of the softmax over branches.
         config: Trust region and KL weight.
 
@@ -116,7 +115,7 @@ def energy_weights(
     with torch.enable_grad():
         log_prob_PG = branch_log_probs(leaf_PG, temperature)
         output = kvpo_loss(
-            log_prob_PG, old_PG, reference_PG, advantage_PG, surrogate_scale_P, config
+            log_prob_PG, old_PG, reference_PG, advantage_PG, scale_P, config
         )
         (weight_PG,) = torch.autograd.grad(output.loss, leaf_PG)
     return LossOutput(loss=output.loss.detach(), metrics=output.metrics), weight_PG

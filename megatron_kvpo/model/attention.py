@@ -47,7 +47,7 @@ class _Attention(nn.Module):
         self.norm_k = WideRMSNorm(dim, eps, spec)
 
     def _heads(self, x_LBD: Tensor) -> Tensor:
-        return x_LBD.unflatten(-1, (-1, self._head_dim))
+        return x_LBD.view(*x_LBD.shape[:-1], -1, self._head_dim)
 
 
 class SelfAttention(_Attention):

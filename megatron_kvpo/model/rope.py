@@ -50,7 +50,7 @@ def _phases(pairs: int, positions: int) -> Tensor:
 
 def rotate(x_LBAE: Tensor, table_2LE: Tensor) -> Tensor:
     """Turn each interleaved pair of every head by its token's phase, in float32."""
-    pairs = x_LBAE.float().unflatten(-1, (-1, 2))
+    pairs = x_LBAE.float().view(*x_LBAE.shape[:-1], -1, 2)
     even, odd = pairs[..., 0], pairs[..., 1]
     cos, sin = table_2LE[:, :, None, None]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

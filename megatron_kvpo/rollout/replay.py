@@ -13,6 +13,7 @@ from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
 from megatron_kvpo.records import Trajectory
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
 from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_segment
+from megatron_kvpo.rollout.stream import Stream
 
 
 def replay_energies(
@@ -39,9 +40,7 @@ def replay_energies(
         energy_B in float32, one a row.
     """
     world, group, plan = sampled.prefix.world, sampled.group, sampled.group.plan
-    stream_config, index = world.stream, list(rows)
-    recorded = replay_targets(sampled)
-    sigmas = sampler_sigmas(stream_config.steps, stream_config.shift)
+    index, recorded = list(rows), replay_targets(sampled)
     latent_BFCHW = group.latent_NFCHW[index]
     same = torch.zeros(len(index), dtype=torch.long, device=latent_BFCHW.device)
     with torch.set_grad_enabled(grad):
@@ -52,30 +51,42 @@ def replay_energies(
             if block and stream.frame in group.prompt.switch_frames:
                 text = encode_segment(world.model, encode, [group.prompt], stream.frame)
                 stream.recache(text.select(same), latent_BFCHW[:, : stream.frame])
+            state_BT = recorded.state_NPTFCHW[index, block]
+            target_BT = recorded.velocity_NPTFCHW[index, block]
             last = block + 1 == plan.num_blocks
-            predicted: Tensor | None = None
-            for step, sigma in enumerate(sigmas):
-                counts = not grad or step < config.grad_steps
-                wanted = config.replay_context == "self" and not last and step + 1 == len(sigmas)
-                if not counts and not wanted:
-                    continue
-                state = recorded.state_NPTFCHW[index, block, step]
-                with torch.set_grad_enabled(grad and counts):
-                    velocity = stream.velocity(state, sigma)
-                if counts:
-                    target = recorded.velocity_NPTFCHW[index, block, step]
-                    energy_B = energy_B + step_energy(velocity, target, sigma, config)
-                if wanted:
-                    predicted = clean_from_velocity(state, velocity.detach(), sigma)
+            predict = config.replay_context == "self" and not last
+            terms, predicted = _replay_block(stream, state_BT, target_BT, config, grad, predict)
+            energy_B = energy_B + terms
             if not last:
-                start = stream.frame
-                clean = latent_BFCHW[:, start : start + stream_config.block_frames]
-                context = context_state(
-                    clean if predicted is None else predicted, stream_config, noises.key(start)
-                )
-                stream.commit(context, sigma=stream_config.context_noise)
+                start, size = stream.frame, world.stream.block_frames
+                clean = predicted if predict else latent_BFCHW[:, start : start + size]
+                context = context_state(clean, world.stream, noises.key(start))
+                stream.commit(context, sigma=world.stream.context_noise)
         stream.release()
     return energy_B
+
+
+def _replay_block(
+    stream: Stream, state_BTFCHW: Tensor, target_BTFCHW: Tensor, config: EnergyConfig,
+    grad: bool, predict: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One block's energy terms, summed, and the clean estimate of its last step if wanted."""
+    sigmas = sampler_sigmas(stream.world.stream.steps, stream.world.stream.shift)
+    energy_B = state_BTFCHW.new_zeros(len(state_BTFCHW), dtype=torch.float32)
+    predicted = torch.empty(0)
+    for step, sigma in enumerate(sigmas):
+        counts = not grad or step < config.grad_steps
+        wanted = predict and step + 1 == len(sigmas)
+        if not counts and not wanted:
+            continue
+        state = state_BTFCHW[:, step]
+        with torch.set_grad_enabled(grad and counts):
+            velocity = stream.velocity(state, sigma)
+        if counts:
+            energy_B = energy_B + step_energy(velocity, target_BTFCHW[:, step], sigma, config)
+        if wanted:
+            predicted = clean_from_velocity(state, velocity.detach(), sigma)
+    return energy_B, predicted
 
 
 def replay_targets(sampled: SampledGroup) -> Trajectory:

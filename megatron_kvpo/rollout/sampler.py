@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_kvpo.config import ModelConfig, StreamConfig
-from megatron_kvpo.flow import clean_from_velocity, next_state, sampler_sigmas
+from megatron_kvpo.flow import add_noise, clean_from_velocity, next_state, sampler_sigmas
 from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Prompt
@@ -62,7 +62,7 @@ def context_state(
     if config.context_noise == 0:
         return clean
     fresh = noise(tuple(clean.shape[1:]), *coordinates, "context", device=clean.device)
-    return (1 - config.context_noise) * clean + config.context_noise * fresh
+    return add_noise(clean, fresh, config.context_noise)
 
 
 def block_noise(

@@ -20,7 +20,7 @@ from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sampler import TextEncoder, generate_videos
 from megatron_kvpo.rollout.stream import World
-from megatron_kvpo.training.filmstrips import Filmstrips, write_video
+from megatron_kvpo.training.filmstrips import Filmstrips, Frames, write_video
 from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.summary import EvaluationTable
 from megatron_kvpo.world import pixel_start
@@ -143,7 +143,8 @@ def _joined(parts: list[Tensor], ranks: Ranks) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, device=ranks.device)
 
 
-def _as_uint8(frames_RFCHW: Tensor) -> np.ndarray:  # type: ignore[type-arg]
+def _as_uint8(frames_RFCHW: Tensor) -> Frames:
     """[R, F, 3, H, W] in [0, 1] -> uint8 [R, F, H, W, 3]."""
     scaled = (frames_RFCHW * 255).round().to(torch.uint8)
-    return scaled.permute(0, 1, 3, 4, 2).cpu().numpy()
+    frames: Frames = scaled.permute(0, 1, 3, 4, 2).cpu().numpy()
+    return frames

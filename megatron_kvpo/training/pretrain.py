@@ -29,12 +29,12 @@ from megatron_kvpo.config import (
     OptimizerConfig,
     ParallelConfig,
     StreamConfig,
-    check_positive,
 )
 from megatron_kvpo.data.prompts import load_prompts
 from megatron_kvpo.data.shapes import write_dataset
 from megatron_kvpo.data.video import ClipSpec, VideoPipeline, load_videos
 from megatron_kvpo.flow import add_noise, clean_from_velocity, sampler_sigmas, timestep
+from megatron_kvpo.method_config import check_positive
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.codec import ShapesCodec, save_codec
 from megatron_kvpo.model.specs import Spec
@@ -173,7 +173,8 @@ def load_corpus(config: PretrainConfig, codec: ShapesCodec, device: torch.device
     logger.info("codec: %.1f dB after %d steps", curve["psnr"][-1], config.fitting.codec_steps)
     with torch.no_grad():
         latents = [
-            codec.encode(part.to(device).float() / 127.5 - 1) for part in video_NCFHW.split(64)
+            codec.encode(part.to(device).float() / 127.5 - 1)
+            for part in torch.split(video_NCFHW, 64)
         ]
     return _with_segments(config, torch.cat(latents), [f.index for f in pipeline.report.good])
 
@@ -200,9 +201,7 @@ class Trainer:
         self.config, self.model, self.corpus = config, model, corpus
         ranks = model.spec.ranks
         self._device = ranks.device
-        self._rng = torch.Generator(self._device).manual_seed(
-            config.seed * 1000 + ranks.data.rank
-        )
+        self._rng = torch.Generator(self._device).manual_seed(config.seed * 1000 + ranks.data.rank)
         stream = config.stream
         self._mask = window_mask(stream, config.model.tokens_per_frame).to(self._device)
         self._sigmas = torch.tensor(sampler_sigmas(stream.steps, stream.shift), device=self._device)

@@ -68,7 +68,7 @@ class Stages:
     def advantages(
         self, update: int, groups: Sequence[SampledGroup], tables: Sequence[RewardTable]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """advantage_PG, surrogate_scale_P and what to log, averaged over groups."""
+        """advantage_PG, scale_P and what to log, averaged over groups."""
         rows, parts, scales = [], [], []
         for sampled, table in zip(groups, tables, strict=True):
             coordinates = (self.config.seed, update, sampled.group.prompt.index)
@@ -110,7 +110,7 @@ class Stages:
                     energy_B = replay_energies(
                         sampled, self.encode, noises, self.config.energy, part, grad=True
                     )
-                    (scale * (weight_B[part] * energy_B).sum()).backward()  # type: ignore[no-untyped-call]
+                    (scale * (weight_B[part] * energy_B).sum()).backward()
 
     def _whole(self, score_KN: Tensor) -> Tensor:
         """All branches and the anchor, from this rank's branches and the anchor."""

@@ -34,7 +34,7 @@ class EvaluationTable:
     """float32, higher is better."""
 
     composite_RM: Scores
-    """What is optimised: the weighted sum over the trained components."""
+    """What is optimised: the weighted mean of the trained components."""
 
     prompt_R: npt.NDArray[np.int64]
     """Index of each prompt in its file. Two tables are paired only if these agree."""
@@ -78,7 +78,7 @@ class EvaluationTable:
         if len(set(shapes.values())) != 1 or next(iter(parts.values())).ndim != 2:
             raise ValueError(f"scores must all be [prompts, noises], not {shapes}")
         score_KRM = np.stack(list(parts.values()))
-        weight_K = np.array([weights.get(name, 0.0) for name in parts])
+        weight_K = np.array([weights.get(name, 0.0) for name in parts]) / sum(weights.values())
         indices = range(score_KRM.shape[1]) if prompt_R is None else prompt_R
         return cls(
             components=tuple(parts),

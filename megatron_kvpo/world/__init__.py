@@ -30,6 +30,7 @@ from megatron_kvpo.world.scenes import (
 
 __all__ = [
     "AREAS", "BACKGROUND", "COLOURS", "GRID", "MOTIONS", "PIXEL_FPS", "PLACES", "SHAPES",
-    "SPEEDS", "STILL", "WORDS", "Scene", "SegmentSpec", "SpriteState", "bounds", "caption", "coverage",
-    "parse_captions", "pixel_start", "positions", "render", "sample_scene", "scene_from_texts",
+    "SPEEDS", "STILL", "WORDS", "Scene", "SegmentSpec", "SpriteState", "bounds", "caption",
+    "coverage", "parse_captions", "pixel_start", "positions", "render", "sample_scene",
+    "scene_from_texts",
 ]  # fmt: skip

@@ -59,7 +59,9 @@ class Golden:
         error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
         self.errors[run] = max(self.errors.get(run, 0.0), error)
 
-    def block(self, stream: Stream, run: str, names: list[str], noise: str, routed: object) -> Tensor:
+    def block(
+        self, stream: Stream, run: str, names: list[str], noise: str, routed: object
+    ) -> Tensor:
         """Generate and commit one block of every row; compare states, velocities and result."""
         z0 = self.tensors[f"{noise}.z0"].transpose(0, 1)
         eps = self.tensors[f"{noise}.eps"].transpose(1, 2)

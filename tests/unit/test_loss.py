@@ -99,12 +99,13 @@ def test_groups_are_averaged():
     torch.testing.assert_close(together, torch.stack(alone).mean())
 
 
-def test_unsafe_scale_halves_the_surrogate_and_not_the_kl():
+def test_unsafe_scale_halves_a_group_s_whole_loss():
     args = (logs([0.6, 0.4]), logs([0.5, 0.5]), logs([0.5, 0.5]), torch.tensor([[1.0, -1.0]]))
-    full = kvpo_loss(*args, ones(1), DEFAULT).metrics
-    half = kvpo_loss(*args, 0.5 * ones(1), DEFAULT).metrics
-    assert half["loss/surrogate"] == 0.5 * full["loss/surrogate"]
-    assert half["loss/kl"] == full["loss/kl"]
+    full = kvpo_loss(*args, ones(1), DEFAULT)
+    half = kvpo_loss(*args, 0.5 * ones(1), DEFAULT)
+    assert full.loss.item() != 0
+    assert half.loss == 0.5 * full.loss
+    assert half.metrics["loss/kl"] == 0.5 * full.metrics["loss/kl"]
 
 
 def test_energy_weights_by_hand():

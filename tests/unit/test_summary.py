@@ -14,7 +14,7 @@ from megatron_kvpo.training.summary import (
     to_json,
 )
 
-WEIGHTS = {"vq": 1.0, "ta": 0.5}
+WEIGHTS = {"vq": 3.0, "ta": 1.0}  # the composite is 3/4 vq + 1/4 ta
 
 
 def table(vq, ta=None, consistency=None, prompts=None):
@@ -31,25 +31,26 @@ def table(vq, ta=None, consistency=None, prompts=None):
     )
 
 
-BEFORE = [[0.0, 2.0], [4.0, 6.0]]
-AFTER = [[1.0, 3.0], [7.0, 9.0]]
-# Base: mean 3, squared deviations 9 + 1 + 1 + 9 = 20 over n - 1 = 3.
-BASE_SD = math.sqrt(20 / 3)
-# Differences per prompt: 1 and 3, mean 2, standard deviation sqrt(2), over sqrt(R) = sqrt(2): 1.
-GAIN, ERROR = 2 / BASE_SD, 1 / BASE_SD
+BEFORE = [[0.0, 8.0], [16.0, 24.0]]
+AFTER = [[4.0, 12.0], [28.0, 36.0]]
+# Composite, 3/4 of vq. Base: 0, 6, 12, 18, mean 9, squared deviations 81 + 9 + 9 + 81 = 180 over
+# n - 1 = 3.
+BASE_SD = math.sqrt(180 / 3)
+# Differences per prompt: 3 and 9, mean 6, standard deviation sqrt(18), over sqrt(R) = sqrt(2): 3.
+GAIN, ERROR = 6 / BASE_SD, 3 / BASE_SD
 
 
-def test_composite_is_the_weighted_sum_and_ignores_held_out_rewards():
-    one = table(BEFORE, ta=[[2.0, 2.0], [2.0, 4.0]], consistency=[[9.0, 9.0], [9.0, 9.0]])
-    assert one.composite_RM.tolist() == [[1.0, 3.0], [5.0, 8.0]]
+def test_composite_is_the_weighted_mean_and_ignores_held_out_rewards():
+    one = table(BEFORE, ta=[[4.0, 4.0], [4.0, 8.0]], consistency=[[9.0, 9.0], [9.0, 9.0]])
+    assert one.composite_RM.tolist() == [[1.0, 7.0], [13.0, 20.0]]
     assert one.composite_RM.dtype == np.float32
     assert one.score_KRM.shape == (3, 2, 2)
 
 
 def test_gain_and_its_clustered_error_match_the_hand_computed_ones():
     gain = paired_gain(table(BEFORE), table(AFTER))
-    assert gain.before == 3.0
-    assert gain.after == 5.0
+    assert gain.before == 9.0
+    assert gain.after == 15.0
     assert gain.standard_deviation == pytest.approx(BASE_SD)
     assert gain.gain_sd == pytest.approx(GAIN)
     assert gain.standard_error == pytest.approx(ERROR)
@@ -80,14 +81,14 @@ def test_a_constant_base_gives_finite_figures():
 
 
 def test_contrast_of_two_seeds_matches_the_hand_computed_one():
-    # Same base twice. Per prompt, real - control: seed a 1, 3; seed b 3, 3; mean 2, 3.
+    # Same base twice. Per prompt, real - control: seed a 3, 9; seed b 9, 9; mean 6, 9.
     base = table(BEFORE)
-    real = [table(AFTER), table([[3.0, 5.0], [7.0, 9.0]])]
+    real = [table(AFTER), table([[12.0, 20.0], [28.0, 36.0]])]
     result = contrast(real, [base, base], [base, base])
-    mean, error = 2.5 / BASE_SD, math.sqrt(0.5) / math.sqrt(2) / BASE_SD  # std of (2, 3) is .7071
+    mean, error = 7.5 / BASE_SD, math.sqrt(4.5) / math.sqrt(2) / BASE_SD  # variance of (6, 9)
     assert result.mean_sd == pytest.approx(mean)
     assert result.standard_error == pytest.approx(error)
-    assert result.z == pytest.approx(5.0)  # 2.5 / 0.5
+    assert result.z == pytest.approx(5.0)  # 7.5 / 1.5
     assert (result.num_prompts, result.num_seeds) == (2, 2)
 
 
@@ -99,7 +100,7 @@ def test_contrast_against_the_base_of_one_seed_is_its_gain():
 
 
 def test_contrast_of_equal_arms_has_z_zero_and_of_a_constant_shift_infinite():
-    base, up = table(BEFORE), table(np.asarray(BEFORE) + 1)
+    base, up = table(BEFORE), table(np.asarray(BEFORE) + 4)
     assert contrast([base], [base], [base]).z == 0.0
     assert contrast([base], [up], [base]).z == -math.inf
 
@@ -121,7 +122,7 @@ def test_summary_has_the_promised_keys_and_is_json():
         "held_out_before", "held_out_after", "updates", "seconds_per_update", "ranks",
     ]  # fmt: skip
     assert list(result)[: len(promised)] == promised
-    assert result["reward_before"] == 3.0
+    assert result["reward_before"] == 9.0
     assert result["gain_sd"] == pytest.approx(GAIN)
     assert (result["held_out_before"], result["held_out_after"]) == (0.75, 0.5)
     assert result["components"]["vq"]["gain_sd"] == pytest.approx(GAIN)
