@@ -220,7 +220,7 @@ def _versions() -> dict[str, str]:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--recipe", type=Path, default=Path("examples/shapes/evidence.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("examples/shapes/demo.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3], help="comma-separated")

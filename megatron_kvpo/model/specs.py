@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_kvpo.config import ModelConfig, ParallelConfig, PolicyConfig
-from megatron_kvpo.model.lora import Adapter, Switch
+from megatron_kvpo.model.lora import Adapter, Switch, mark_sharded
 from megatron_kvpo.parallel.groups import Ranks
 
 
@@ -114,8 +114,11 @@ class Spec:
 
     def sum_features(self, x: Tensor) -> Tensor:
         """Sum over the tensor ranks of a statistic of sharded features; backward sums too."""
+        axis = self.ranks.tensor
+        if axis.size == 1:
+            return x
         return mappings.copy_to_tensor_model_parallel_region(  # type: ignore[no-any-return]
-            mappings.reduce_from_tensor_model_parallel_region(x)
+            mappings.reduce_from_tensor_model_parallel_region(x, axis.group), axis.group
         )
 
     def all_to_all(self, x: Tensor) -> Tensor:
@@ -151,10 +154,12 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, block_frames: int
 class _Adapted(nn.Module):
     """Adds the active adapter's output to a linear layer's. Mixed into Megatron's classes."""
 
+    weight: nn.Parameter
     adapter: Adapter | None
 
     def attach(self, spec: Spec, in_dim: int, out_dim: int, partition: int) -> None:
-        self._switch, self._sequence = spec.switch, spec.sequence
+        self._switch, self._sequence, self._axis = spec.switch, spec.sequence, spec.ranks.tensor
+        mark_sharded(self.weight, partition)  # Megatron does so only where it initialises
         self.adapter = None
         if spec.lora is not None:
             rank, alpha = spec.lora
@@ -168,7 +173,9 @@ class _Adapted(nn.Module):
         if self.adapter is None or slot is None:
             return out  # type: ignore[no-any-return]
         down = nn.functional.linear(x, self.adapter.lora_A[slot])
-        up = nn.functional.linear(self.share(down), self.adapter.lora_B[slot])
+        if self._axis.size > 1:
+            down = self.share(down)
+        up = nn.functional.linear(down, self.adapter.lora_B[slot])
         return torch.add(out, up, alpha=self.adapter.scale)
 
     def share(self, down_LBR: Tensor) -> Tensor:
@@ -179,12 +186,19 @@ class _Adapted(nn.Module):
 class _Column(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
     def share(self, down_LBR: Tensor) -> Tensor:
         if self._sequence:
-            return mappings.gather_from_sequence_parallel_region(down_LBR)  # type: ignore[no-any-return]
-        return mappings.copy_to_tensor_model_parallel_region(down_LBR)  # type: ignore[no-any-return]
+            return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
+                down_LBR, group=self._axis.group
+            )
+        return mappings.copy_to_tensor_model_parallel_region(  # type: ignore[no-any-return]
+            down_LBR, self._axis.group
+        )
 
 
 class _Row(_Adapted, RowParallelLinear):  # type: ignore[misc]
     def share(self, down_LBR: Tensor) -> Tensor:
-        if self._sequence:
-            return mappings.reduce_scatter_to_sequence_parallel_region(down_LBR)  # type: ignore[no-any-return]
-        return mappings.reduce_from_tensor_model_parallel_region(down_LBR)  # type: ignore[no-any-return]
+        region = (
+            mappings.reduce_scatter_to_sequence_parallel_region
+            if self._sequence
+            else mappings.reduce_from_tensor_model_parallel_region
+        )
+        return region(down_LBR, group=self._axis.group)  # type: ignore[no-any-return]

@@ -44,7 +44,7 @@ from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ran
 from megatron_kvpo.routing import plain_context
 from megatron_kvpo.training.codec_fit import fit_codec
 from megatron_kvpo.training.optimizer import Optimizer, build_optimizer
-from megatron_kvpo.training.samples import Sampler
+from megatron_kvpo.training.samples import Sampler, plot_curve
 
 logger = log.get_logger(__name__)
 
@@ -360,7 +360,9 @@ def pretrain(config: PretrainConfig) -> None:
     fit(config, model, Trainer(config, model, corpus), sampler)
     note = {"made_by": "python -m megatron_kvpo.training.pretrain", "seed": str(config.seed)}
     save_weights(model, config.run_folder / "transformer.safetensors", torch.bfloat16, note)
-    logger.info("weights are in %s", config.run_folder)
+    if is_first(ranks):
+        plot_curve(config.run_folder / "curve.jsonl")
+    logger.info("weights and curve are in %s", config.run_folder)
     stop_ranks()
 
 

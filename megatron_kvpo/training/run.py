@@ -15,7 +15,7 @@ from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts
 from megatron_kvpo.model.codec import load_codec
 from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.model.text_encoder import WordEncoder
-from megatron_kvpo.parallel.collect import mean_over
+from megatron_kvpo.parallel.collect import gather_rows
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import LossOutput, Prompt
 from megatron_kvpo.reward.composite import Scorer
@@ -30,6 +30,12 @@ from megatron_kvpo.training.stages import Stages
 from megatron_kvpo.training.summary import EvaluationTable, summarise, to_json
 
 logger = log.get_logger(__name__)
+
+EXTREMES = {
+    "policy/ratio_max": torch.max, "policy/ratio_min": torch.min, "policy/energy_max": torch.max,
+    "policy/anchor_energy": torch.max,
+}  # fmt: skip
+"""Metrics that are an extreme over all groups; the others are means."""
 
 
 class Run:
@@ -115,7 +121,7 @@ class Run:
         groups: Sequence[SampledGroup], loss: LossOutput, seen: dict[str, Tensor],
         current: tuple[Tensor, Tensor], grad_norm: float,
     ) -> None:  # fmt: skip
-        """Report one update, averaged over data ranks, and let its groups' pages go."""
+        """Report one update over all data ranks and let its groups' pages go."""
         if update == 0 and self.first and self.evaluator.prompts:
             self.evaluator.show_group(groups[0])
         for sampled in groups:
@@ -126,9 +132,13 @@ class Run:
             "policy/anchor_energy": current[1].max(),
         }  # fmt: skip
         stacked = torch.stack([v.double().to(self.ranks.device) for v in values.values()])
-        means = dict(zip(values, mean_over(stacked, self.ranks.data).tolist(), strict=True))
-        metrics.log(update, {**means, "policy/grad_norm": grad_norm})
-        progress.update(update + 1, reward=means["reward/composite"], loss=means["loss/total"],
+        rank_DV = gather_rows(stacked[None], self.ranks.data, [1] * self.ranks.data.size)
+        whole = {
+            name: float(EXTREMES.get(name, torch.mean)(rank_D))
+            for name, rank_D in zip(values, rank_DV.T, strict=True)
+        }
+        metrics.log(update, {**whole, "policy/grad_norm": grad_norm})
+        progress.update(update + 1, reward=whole["reward/composite"], loss=whole["loss/total"],
                         grad=grad_norm)  # fmt: skip
 
     def save(self, update: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from megatron_kvpo.config import RewardConfig, RoutingConfig, StreamConfig
@@ -49,3 +51,25 @@ class Sampler:
         image.resize(size, Image.Resampling.NEAREST).save(path)
         scores = self._scorer.score_videos(latent, self._prompts)
         return {name: float(score.mean()) for name, score in scores.items()}
+
+
+def plot_curve(curve: Path) -> Path:
+    """Draw a curve.jsonl of pre-training, the loss and the rewards per step, beside it as PNG."""
+    rows = [json.loads(line) for line in curve.read_text().splitlines()]
+    figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    left.plot(*zip(*losses, strict=True), color="#2f6fdb")
+    left.set(xlabel="step", ylabel="velocity error", yscale="log")
+    for name in REWARDS:
+        scores = [(row["step"], row[name]) for row in rows if name in row]
+        if scores:
+            right.plot(*zip(*scores, strict=True), marker="o", label=name.replace("_", " "))
+    right.set(xlabel="step", ylabel="mean score, dev prompts", ylim=(0, 1))
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    path = curve.with_suffix(".png")
+    figure.savefig(path)
+    return path

@@ -1,0 +1,307 @@
+"""One update's stages and the policies they act with: gradients exact, weights where they belong."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megatron_kvpo.algorithm.energy import branch_log_probs
+from megatron_kvpo.algorithm.loss import energy_weights, kvpo_loss
+from megatron_kvpo.parallel.groups import Axis
+from megatron_kvpo.records import RewardTable
+from megatron_kvpo.routing import draw_plan
+from megatron_kvpo.training.stages import Stages
+from tests.unit import small
+
+ranks = small.ranks
+
+
+class Update(NamedTuple):
+    """What one pass through the loop left."""
+
+    ratio_PG: torch.Tensor
+    advantage_PG: torch.Tensor
+    norm: float
+    loss: float
+
+
+def run_update(tiny: small.Small, update: int) -> Update:
+    """The loop of train.py, once."""
+    policy, stages, config = tiny.policy, tiny.stages, tiny.config
+    policy.sync_old(update)
+    groups = stages.explore(update)
+    advantage_PG, scale_P, _ = stages.advantages(update, groups, stages.score(groups))
+    current, old, reference = (
+        stages.energies(update, groups, slot)[0] for slot in ("current", "old", "reference")
+    )
+    temperature = config.energy.temperature
+    loss, weight_PG = energy_weights(
+        current, old, reference, advantage_PG, scale_P, temperature, config.loss
+    )
+    policy.optimizer.zero_grad()
+    stages.backward(update, groups, weight_PG)
+    policy.optimizer.finalize()
+    norm = policy.step(update)
+    for sampled in groups:
+        sampled.release()
+    ratio = branch_log_probs(current, temperature) - branch_log_probs(old, temperature)
+    return Update(ratio.exp(), advantage_PG, norm, float(loss.loss))
+
+
+def weights_of(tiny: small.Small, slot: str) -> list[torch.Tensor]:
+    if tiny.config.policy.mode == "full":
+        return [value.detach().clone() for value in tiny.policy.bank._values(slot).values()]
+    adapters = tiny.policy.bank.adapters.values()
+    return [t[slot].detach().clone() for a in adapters for t in (a.lora_A, a.lora_B)]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def apart(tiny: small.Small) -> small.Small:
+    """Three policies that all differ, as in mid-run."""
+    tiny.stir("current", "old", "reference", size=0.05)
+    return tiny
+
+
+def whole_gradient(tiny: small.Small, groups, advantage_PG, scale_P) -> dict[str, torch.Tensor]:
+    """One graph: all branches' energies, log-probabilities, loss; then autograd."""
+    stages, temperature = tiny.stages, tiny.config.energy.temperature
+    value_PG, old_PG, reference_PG = (
+        stages.energies(0, groups, slot)[0] for slot in ("current", "old", "reference")
+    )
+    with tiny.policy.acting("current"):
+        rows = range(tiny.config.routing.num_branches)
+        graph_PG = torch.stack([tiny.energies(g, "current", rows, grad=True) for g in groups])
+        energy_PG = graph_PG + (value_PG - graph_PG).detach()  # later steps count in the value
+        log_probs = [branch_log_probs(e, temperature) for e in (energy_PG, old_PG, reference_PG)]
+        loss = kvpo_loss(*log_probs, advantage_PG, scale_P, tiny.config.loss).loss
+        trained = tiny.policy.trained()
+        return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+def sent_backward(tiny: small.Small, *shares: Stages) -> dict[str, torch.Tensor]:
+    """Gradient left by Stages.backward of each share in turn, with weights from numbers alone."""
+    tiny.policy.optimizer.zero_grad()
+    for stages, groups, weight_PG in shares:
+        stages.backward(0, groups, weight_PG)
+    found = {name: p.main_grad.clone() for name, p in tiny.policy.trained().items()}
+    tiny.policy.optimizer.zero_grad()
+    return found
+
+
+def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert expected.any(), name
+        error = float((ours[name] - expected).norm() / expected.norm())
+        assert error < 1e-5, f"{name}: {error:.2g}"
+
+
+def numbers(tiny: small.Small, groups):
+    """Advantages, scales and the slopes c_g of one update."""
+    stages = tiny.stages
+    advantage_PG, scale_P, _ = stages.advantages(0, groups, stages.score(groups))
+    energies = [stages.energies(0, groups, s)[0] for s in ("current", "old", "reference")]
+    _, weight_PG = energy_weights(
+        *energies, advantage_PG, scale_P, tiny.config.energy.temperature, tiny.config.loss
+    )
+    return advantage_PG, scale_P, weight_PG
+
+
+TWO_PASS = [
+    ("policy.groups_per_update=1",),
+    ("policy.groups_per_update=2", "routing.num_routed_blocks=1"),
+    ("energy.grad_steps=2", "energy.temperature=0.2"),
+    ("policy.max_rows=2",),
+    ("policy.max_rows=1", "model.recompute=true"),
+    ("policy.mode=full", "policy.groups_per_update=1"),
+]
+
+
+@pytest.mark.parametrize("overrides", TWO_PASS)
+def test_branches_sent_backward_by_themselves_give_the_gradient_of_the_whole_loss(ranks, overrides):
+    tiny = small.build(ranks, *overrides)
+    if tiny.config.policy.mode == "lora":
+        apart(tiny)
+    groups = tiny.stages.explore(0)
+    advantage_PG, scale_P, weight_PG = numbers(tiny, groups)
+    ours = sent_backward(tiny, (tiny.stages, groups, weight_PG))
+    assert_close(ours, whole_gradient(tiny, groups, advantage_PG, scale_P))
+    for sampled in groups:
+        sampled.release()
+    assert tiny.world.pool.num_free == tiny.num_pages
+
+
+def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks):
+    """Two branch ranks, one after the other in this process: 2 branches and 1."""
+    tiny = apart(small.build(ranks))
+    whole = tiny.stages.explore(0)
+    *_, weight_PG = numbers(tiny, whole)
+    shares = []
+    for rank in range(2):
+        axis = Axis(size=2, rank=rank, group=ranks.branch.group)
+        stages = Stages(
+            tiny.config, dataclasses.replace(ranks, branch=axis), tiny.policy, tiny.world,
+            tiny.encode, tiny.stages.scorer, tiny.stages.prompts,
+        )  # fmt: skip
+        shares.append((stages, stages.explore(0), weight_PG))
+    assert [stages.sequences for stages, *_ in shares] == [(0, 1, 3), (2, 3)]
+    assert_close(sent_backward(tiny, *shares), sent_backward(tiny, (tiny.stages, whole, weight_PG)))
+    for groups in (whole, shares[0][1], shares[1][1]):
+        for sampled in groups:
+            sampled.release()
+
+
+def test_groups_come_from_their_coordinates(ranks):
+    tiny = small.build(ranks)
+    groups = tiny.stages.explore(4)
+    assert [g.group.prompt for g in groups] == tiny.stages.prompts.groups_of(4)
+    for sampled in groups:
+        prompt = sampled.group.prompt
+        plan = draw_plan(
+            tiny.config.stream, tiny.config.routing, (tiny.config.seed, 4, prompt.index)
+        )
+        assert sampled.group.plan == plan
+        first = tiny.stages.noises(4, prompt.index).shared(plan.fork_frame, 4)(0)
+        assert torch.equal(sampled.group.trajectory.state_NPTFCHW[:, 0, 0], first)
+        sampled.release()
+
+
+def test_the_old_policy_samples_and_no_other(ranks):
+    tiny = small.build(ranks)
+    videos = []
+    for slots in ((), ("current", "reference", "ema"), ("old",)):
+        tiny.stir(*slots)
+        groups = tiny.stages.explore(0)
+        videos.append(groups[0].group.latent_NFCHW)
+        for sampled in groups:
+            sampled.release()
+    assert torch.equal(videos[0], videos[1])
+    assert not torch.equal(videos[0], videos[2])
+
+
+def test_energies_are_of_branches_and_anchors_apart(ranks):
+    tiny = apart(small.build(ranks))
+    groups = tiny.stages.explore(0)
+    energy_PG, anchor_P = tiny.stages.energies(0, groups, "old")
+    assert energy_PG.shape == (2, 3)
+    assert torch.equal(anchor_P, torch.zeros(2))
+    assert (energy_PG > 0).all()
+    again = tiny.stages.energies(0, groups, "old")
+    assert torch.equal(again[0], energy_PG)
+    for sampled in groups:
+        sampled.release()
+
+
+def test_a_group_that_never_beats_its_anchor_is_scaled(ranks):
+    tiny = small.build(ranks, "loss.unsafe_scale=0.25")
+    groups = tiny.stages.explore(0)
+    tables = []
+    for lead in (1.0, -1.0):
+        score = torch.tensor([[lead, -2.0, -3.0, 0.0]])
+        tables.append(
+            RewardTable(components=("one",), weights=(2.0,), local_KN=score, global_KN=score)
+        )
+    advantage_PG, scale_P, seen = tiny.stages.advantages(0, groups, tables)
+    assert scale_P.tolist() == [1.0, 0.25]
+    assert advantage_PG.shape == (2, 3)
+    assert seen["reward/composite"] == pytest.approx((-4 / 3 - 6 / 3) / 2)
+    for sampled in groups:
+        sampled.release()
+
+
+def test_the_old_policy_follows_at_every_second_update(ranks):
+    """In between it lags, and the ratios leave 1."""
+    tiny = small.build(ranks, "policy.rollouts_per_policy_sync=2")
+    for update in range(4):
+        before = weights_of(tiny, "current"), weights_of(tiny, "old")
+        done = run_update(tiny, update)
+        after = weights_of(tiny, "current"), weights_of(tiny, "old")
+        assert not same(before[0], after[0])
+        if update % 2 == 0:
+            assert same(after[1], before[0]), "old is not what current was"
+            assert (done.ratio_PG == 1).all()
+        else:
+            assert same(after[1], before[1]), "old moved between syncs"
+            assert not (done.ratio_PG == 1).any()
+            assert (done.ratio_PG - 1).abs().max() < 0.5
+
+
+def test_the_reference_never_moves_and_the_average_follows_its_formula(ranks):
+    tiny = small.build(ranks, "optimizer.ema_decay=0.8")
+    reference, ema = weights_of(tiny, "reference"), weights_of(tiny, "ema")
+    for update in range(3):
+        done = run_update(tiny, update)
+        assert done.norm > 0
+        current = weights_of(tiny, "current")
+        ema = [0.8 * mean + 0.2 * now for mean, now in zip(ema, current, strict=True)]
+        for ours, expected in zip(weights_of(tiny, "ema"), ema, strict=True):
+            torch.testing.assert_close(ours, expected)
+    assert same(weights_of(tiny, "reference"), reference)
+    assert not same(weights_of(tiny, "ema"), reference)
+
+
+def test_an_update_moves_the_adapters_and_not_the_base(ranks):
+    tiny = small.build(ranks, "optimizer.weight_decay=0.0")
+    before = {name: p.detach().clone() for name, p in tiny.model.named_parameters()}
+    for update in range(2):  # A moves from the second update on, when B has left zero
+        run_update(tiny, update)
+    for name, p in tiny.model.named_parameters():
+        moves = ".adapter." in name and not name.endswith(".reference")
+        assert torch.equal(p, before[name]) == (not moves), name
+
+
+def test_full_training_moves_every_weight_and_keeps_the_reference(ranks):
+    tiny = small.build(ranks, "policy.mode=full", "optimizer.weight_decay=0.0",
+                       "policy.rollouts_per_policy_sync=2")  # fmt: skip
+    names = list(dict(tiny.model.named_parameters()))
+    before, reference = weights_of(tiny, "current"), weights_of(tiny, "reference")
+    first = run_update(tiny, 0)
+    assert (first.ratio_PG == 1).all()
+    assert same(weights_of(tiny, "old"), before)
+    second = run_update(tiny, 1)
+    assert not (second.ratio_PG == 1).any()
+    after = weights_of(tiny, "current")
+    stuck = [n for n, a, b in zip(names, before, after, strict=True) if torch.equal(a, b)]
+    assert not stuck
+    assert same(weights_of(tiny, "reference"), reference)
+
+
+def test_updates_move_probability_towards_branches_with_advantage(ranks):
+    """One small step on one group: the log-ratio goes with the advantage."""
+    tiny = small.build(ranks, "optimizer.lr=1e-3", "policy.groups_per_update=1",
+                       "loss.kl_coefficient=0.0", "optimizer.weight_decay=0.0")  # fmt: skip
+    groups = tiny.stages.explore(0)
+    before, _ = tiny.stages.energies(0, groups, "current")
+    advantage_PG, _, weight_PG = numbers(tiny, groups)
+    tiny.policy.optimizer.zero_grad()
+    tiny.stages.backward(0, groups, weight_PG)
+    tiny.policy.optimizer.finalize()
+    tiny.policy.step(0)
+    after, _ = tiny.stages.energies(0, groups, "current")
+    moved = branch_log_probs(after, 1.0) - branch_log_probs(before, 1.0)
+    assert float((moved * advantage_PG).sum()) > 0
+    groups[0].release()
+
+
+def test_without_exploration_an_update_changes_nothing_but_by_decay(ranks):
+    tiny = small.build(ranks, "routing.exploration=none", "optimizer.weight_decay=0.0")
+    before = weights_of(tiny, "current")
+    done = run_update(tiny, 0)
+    assert not done.advantage_PG.any()
+    assert done.norm == 0
+    assert same(weights_of(tiny, "current"), before)
+
+
+def test_exploration_by_noise_trains(ranks):
+    tiny = small.build(ranks, "routing.exploration=noise")
+    before = weights_of(tiny, "current")
+    done = run_update(tiny, 0)
+    assert (done.ratio_PG == 1).all()
+    assert done.norm > 0
+    assert not same(weights_of(tiny, "current"), before)
