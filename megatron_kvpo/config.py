@@ -66,6 +66,9 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     warmup_updates: int = 5
+    decay: Literal["none", "linear"] = "none"
+    """After the warm-up: keep the rate, or let it fall in a line to 0 at num_updates."""
+
     grad_clip: float = 1.0
     ema_decay: float = 0.999
 

@@ -114,9 +114,7 @@ def energy_weights(
         )
     with torch.enable_grad():
         log_prob_PG = branch_log_probs(leaf_PG, temperature)
-        output = kvpo_loss(
-            log_prob_PG, old_PG, reference_PG, advantage_PG, scale_P, config
-        )
+        output = kvpo_loss(log_prob_PG, old_PG, reference_PG, advantage_PG, scale_P, config)
         (weight_PG,) = torch.autograd.grad(output.loss, leaf_PG)
     return LossOutput(loss=output.loss.detach(), metrics=output.metrics), weight_PG
 

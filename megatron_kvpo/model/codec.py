@@ -165,11 +165,13 @@ def save_codec(codec: ShapesCodec, path: Path, dtype: torch.dtype = torch.float3
 
 
 def load_codec(config: CodecConfig, latent_channels: int) -> ShapesCodec:
-    """Build the codec and fill it from `config.weights`; None leaves it random.
+    """Build the codec and fill it from `config.weights`; None leaves it random, always the same.
 
     Raises ValueError for a missing or foreign file, naming the first tensors that do not fit.
     """
-    codec = ShapesCodec(config, latent_channels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # on every rank and at every start
+        codec = ShapesCodec(config, latent_channels)
     if config.weights is None:
         return codec
     if not config.weights.is_file():

@@ -68,8 +68,10 @@ class Policy:
 
     def step(self, update: int) -> float:
         """Apply the reduced gradients; ema <- decay ema + (1 - decay) current. Gradient norm."""
-        norm = self.optimizer.step(update)
-        self.bank.blend("current", "ema", self._config.optimizer.ema_decay)
+        config = self._config
+        scale = 1 - update / config.num_updates if config.optimizer.decay == "linear" else 1.0
+        norm = self.optimizer.step(update, scale)
+        self.bank.blend("current", "ema", config.optimizer.ema_decay)
         return norm
 
     def trained(self) -> dict[str, Tensor]:

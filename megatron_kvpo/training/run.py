@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.report import write_report
 from megatron_kvpo.training.stages import Stages
 from megatron_kvpo.training.summary import EvaluationTable, summarise, to_json
+from megatron_kvpo.world import parse_captions
 
 logger = log.get_logger(__name__)
 
@@ -62,7 +65,7 @@ class Run:
         prompts, held_out = check_run(config)
         ranks = start_ranks(config.parallel, config.device)
         share(range(config.policy.groups_per_update), ranks.data.rank, ranks.data.size)
-        log.setup(is_first(ranks), config.run_folder)
+        log.setup(is_first(ranks))
         policy = Policy.build(config, ranks)
         codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device).eval()
         codec.requires_grad_(False)
@@ -77,6 +80,7 @@ class Run:
         evaluator = Evaluator(config, ranks, policy, world, encode, scorer, codec, held_out)
         run = Run(config, ranks, policy, stages, evaluator)
         run._resume()
+        log.setup(is_first(ranks), config.run_folder)
         return run
 
     def reference_energies(
@@ -101,8 +105,10 @@ class Run:
         if name == "before":
             self._real = self.evaluator.real()
             logger.info("real videos of the same prompts score %.3f", self._real)
-        self._log_table(self._tables[name], 0 if name == "before" else self.config.num_updates,
-                        metrics)  # fmt: skip
+        if name == "after":
+            self._log_table(self._tables[name], self.config.num_updates, metrics)
+        elif self.update == 0:  # a resumed run has this line already
+            self._log_table(self._tables[name], 0, metrics)
         metrics.log_video(f"eval/{name}", self.evaluator.video_path(name), self.update)
 
     def evaluate_on_the_way(self, update: int, metrics: Metrics) -> None:
@@ -164,14 +170,25 @@ class Run:
                 f"{found} belongs to a run of seed {saved['seed']}, this one has seed "
                 f"{self.config.seed}: give it another name, or set checkpoint.resume=false"
             )
+        if saved["update"] > self.config.num_updates:
+            raise ValueError(
+                f"{found} has {saved['update']} updates behind it, num_updates is "
+                f"{self.config.num_updates}: raise it, give the run another name, or set "
+                "checkpoint.resume=false"
+            )
         self.policy.load_state(state)
         self.update = int(saved["update"])
         logger.info("resuming from %s: %d updates are done", found, self.update)
 
     def finish(self, seconds_per_update: float) -> None:
-        """Summary, report and the last line of output; leave the ranks."""
+        """Summary, report and the last line of output; leave the ranks.
+
+        `seconds_per_update` is nan if a finished run was started again and did no update.
+        """
         folder = self.config.run_folder
         if self.first and "after" in self._tables:
+            if math.isnan(seconds_per_update):
+                seconds_per_update = _earlier_seconds(folder / "summary.json")
             summary = summarise(
                 self._tables["before"], self._tables["after"],
                 held_out=self.config.reward.held_out, updates=self.config.num_updates,
@@ -185,10 +202,18 @@ class Run:
         stop_ranks()
 
 
+def _earlier_seconds(summary: Path) -> float:
+    """What the run took an update when it finished before; 0 if that is not known."""
+    if not summary.is_file():
+        return 0.0
+    return float(json.loads(summary.read_text())["seconds_per_update"])
+
+
 def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of a recipe, after the checks that need no ranks.
 
-    ValueError: prompts that do not fit the stream, no legal fork, sizes that do not divide.
+    ValueError: prompts that do not fit the stream, words or lengths that the text encoder does not
+    take, sentences that the rewards cannot read, no legal fork, sizes that do not divide.
     """
     check_layout(config.model, config.parallel, config.stream.block_frames)
     legal_forks(config.stream, config.routing)
@@ -203,4 +228,9 @@ def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     if config.evaluation.prompts is not None:
         held_out = load_prompts(config.evaluation.prompts)
         check_prompts(held_out, config.stream)
+    encoder = WordEncoder(config.model.text_dim, config.model.text_length)
+    for prompt in (*prompts, *held_out):
+        for text in prompt.segments:
+            encoder.words_of(text)
+        parse_captions(prompt.segments)
     return prompts, held_out

@@ -1,16 +1,16 @@
 """However the ranks are divided, the same recipe gives the same run: three updates of train.train.
 
-A reordered float32 sum changes last bits, and the loop makes more of them: 18 denoising steps and
-6 clean passes build a video (its latents then agree to 1e-6), an advantage divides differences of
-0.1 between rewards of size 10, the softmax divides energies by 0.1. Largest differences seen:
+A reordered float32 sum changes last bits, and the loop makes more of them: a video comes of 18
+passes, after which its latents agree to 1e-6; an advantage divides differences of 0.3 between
+rewards of size 6, the softmax divides energies by 0.1. Largest differences seen from one rank:
 
-                           losses   gradients / largest   adapters   they moved by
-    LoRA, any layout        2e-6          2e-5             1.5e-6        1.4e-2
-    full weights, TP 2 + SP 2e-5          5e-5               1e-6          3e-3
+                            loss   gradient / largest   weights   which moved by
+    LoRA, any layout        2e-6          3e-5           3e-6         1.4e-2
+    full weights, TP 2 + SP 1e-6          6e-5           7e-7         3e-3
 
 Adam divides each gradient by its own size, so one that is nothing but rounding would move its
-weight by lr either way: optimizer.eps is 1e-4 here, against a median gradient of 1e-3, and the
-gradients themselves are compared too. Data ranks repeat one rank's bits.
+weight by lr either way. Hence optimizer.eps 1e-4, against a median gradient of 1e-3; and the
+gradients are compared too, before Adam sees them. Data ranks repeat one rank's bits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.parallel.tiny_run import (
 )
 from tests.ranks import on_ranks
 
-LOSS, GRADIENT, WEIGHT, METRIC = 1e-5, 1e-4, 1e-5, 1e-4
+LOSS, GRADIENT, WEIGHT, METRIC = 1e-5, 3e-4, 1e-5, 1e-4
 """Losses absolute; gradients over the largest one; weights absolute; metrics over max(1, size)."""
 
 FULL = ["policy.mode=full", "optimizer.lr=1e-3"]
@@ -70,11 +70,10 @@ def _run(rank: int, recipe: Path, layouts: dict[str, list[str]]) -> dict[str, Tr
 
 def _check(name: str, ranks: list[Trace], alone: Trace) -> None:
     """Every rank has one rank's losses, gradients and weights, within the tolerances above."""
-    loss = 10 * LOSS if name == "full" else LOSS
     for ours, theirs in zip(ranks[0].metrics, alone.metrics, strict=True):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
-            limit = loss if key == "loss/total" else METRIC * max(1.0, abs(value))
+            limit = LOSS if key == "loss/total" else METRIC * max(1.0, abs(value))
             assert abs(ours[key] - value) <= limit, f"{name}, update {ours['update']}: {key}"
     for rank in ranks:
         for update, (ours, theirs) in enumerate(zip(rank.gradients, alone.gradients, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -191,14 +192,20 @@ def train_traced(config: RunConfig) -> Trace:
 
 @contextmanager
 def ranks_left() -> Iterator[None]:
-    """Leave the ranks even if a run stops half-way; one thread, as the ranks of a test have."""
+    """Leave the ranks even if a run stops half-way, and the loggers as they were. One thread."""
     from megatron.core import parallel_state
 
+    package = logging.getLogger("megatron_kvpo")
+    before = package.handlers[:], package.propagate, package.level
     with mock.patch.dict("os.environ", OMP_NUM_THREADS="1"):
         torch.set_num_threads(1)
         try:
             yield
         finally:
+            for handler in set(package.handlers) - set(before[0]):
+                handler.close()
+            package.handlers[:], package.propagate = before[:2]
+            package.setLevel(before[2])
             if parallel_state.model_parallel_is_initialized():
                 stop_ranks()
 

@@ -1,4 +1,4 @@
-"""One update's stages and the policies they act with: gradients exact, weights where they belong."""
+"""One update's stages and its policies: gradients exact, weights where they belong."""
 
 from __future__ import annotations
 
@@ -94,12 +94,13 @@ def sent_backward(tiny: small.Small, *shares: Stages) -> dict[str, torch.Tensor]
     return found
 
 
-def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+def assert_close(ours, theirs, limit: float = 1e-5) -> None:
+    """Each tensor's error, relative to its size, is below the limit."""
     assert ours.keys() == theirs.keys()
     for name, expected in theirs.items():
         assert expected.any(), name
         error = float((ours[name] - expected).norm() / expected.norm())
-        assert error < 1e-5, f"{name}: {error:.2g}"
+        assert error < limit, f"{name}: {error:.2g}"
 
 
 def numbers(tiny: small.Small, groups):
@@ -115,26 +116,34 @@ def numbers(tiny: small.Small, groups):
 
 TWO_PASS = [
     ("policy.groups_per_update=1",),
-    ("policy.groups_per_update=2", "routing.num_routed_blocks=1"),
+    ("routing.num_routed_blocks=1",),
     ("energy.grad_steps=2", "energy.temperature=0.2"),
-    ("policy.max_rows=2",),
-    ("policy.max_rows=1", "model.recompute=true"),
+    ("routing.exploration=noise",),
     ("policy.mode=full", "policy.groups_per_update=1"),
 ]
 
 
 @pytest.mark.parametrize("overrides", TWO_PASS)
-def test_branches_sent_backward_by_themselves_give_the_gradient_of_the_whole_loss(ranks, overrides):
-    tiny = small.build(ranks, *overrides)
-    if tiny.config.policy.mode == "lora":
-        apart(tiny)
-    groups = tiny.stages.explore(0)
-    advantage_PG, scale_P, weight_PG = numbers(tiny, groups)
-    ours = sent_backward(tiny, (tiny.stages, groups, weight_PG))
-    assert_close(ours, whole_gradient(tiny, groups, advantage_PG, scale_P))
-    for sampled in groups:
-        sampled.release()
-    assert tiny.world.pool.num_free == tiny.num_pages
+@pytest.mark.parametrize("how", ["policy.max_rows=96", "policy.max_rows=2", "model.recompute=true"])
+def test_branches_sent_backward_by_themselves_give_the_gradient_of_the_whole_loss(
+    ranks, overrides, how
+):
+    """c_g from numbers alone, then parts of a group at a time; against a single graph."""
+    found = []
+    for more in ((how,), ()):
+        tiny = small.build(ranks, *overrides, *more)
+        if tiny.config.policy.mode == "lora":
+            apart(tiny)
+        groups = tiny.stages.explore(0)
+        advantage_PG, scale_P, weight_PG = numbers(tiny, groups)
+        if more:
+            found.append(sent_backward(tiny, (tiny.stages, groups, weight_PG)))
+        else:
+            found.append(whole_gradient(tiny, groups, advantage_PG, scale_P))
+        for sampled in groups:
+            sampled.release()
+        assert tiny.world.pool.num_free == tiny.num_pages
+    assert_close(*found, limit=1e-4 if "max_rows=2" in how else 1e-5)  # batches round apart
 
 
 def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks):
@@ -151,7 +160,9 @@ def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks):
         )  # fmt: skip
         shares.append((stages, stages.explore(0), weight_PG))
     assert [stages.sequences for stages, *_ in shares] == [(0, 1, 3), (2, 3)]
-    assert_close(sent_backward(tiny, *shares), sent_backward(tiny, (tiny.stages, whole, weight_PG)))
+    ours = sent_backward(tiny, *shares)
+    theirs = sent_backward(tiny, (tiny.stages, whole, weight_PG))
+    assert_close(ours, theirs, limit=1e-4)  # their rollouts had batches of other sizes
     for groups in (whole, shares[0][1], shares[1][1]):
         for sampled in groups:
             sampled.release()
@@ -249,7 +260,7 @@ def test_the_reference_never_moves_and_the_average_follows_its_formula(ranks):
 def test_an_update_moves_the_adapters_and_not_the_base(ranks):
     tiny = small.build(ranks, "optimizer.weight_decay=0.0")
     before = {name: p.detach().clone() for name, p in tiny.model.named_parameters()}
-    for update in range(2):  # A moves from the second update on, when B has left zero
+    for update in range(3):  # A moves from the second update on, and old follows at the third
         run_update(tiny, update)
     for name, p in tiny.model.named_parameters():
         moves = ".adapter." in name and not name.endswith(".reference")
@@ -289,13 +300,14 @@ def test_updates_move_probability_towards_branches_with_advantage(ranks):
     groups[0].release()
 
 
-def test_without_exploration_an_update_changes_nothing_but_by_decay(ranks):
+def test_without_exploration_an_update_moves_nothing(ranks):
     tiny = small.build(ranks, "routing.exploration=none", "optimizer.weight_decay=0.0")
     before = weights_of(tiny, "current")
     done = run_update(tiny, 0)
     assert not done.advantage_PG.any()
-    assert done.norm == 0
-    assert same(weights_of(tiny, "current"), before)
+    assert done.norm < 1e-10
+    for now, then in zip(weights_of(tiny, "current"), before, strict=True):
+        assert (now - then).abs().max() < 1e-6
 
 
 def test_exploration_by_noise_trains(ranks):
