@@ -250,6 +250,10 @@ class AdvantageConfig:
     baseline: Literal["group", "anchor"] = "group"
     """`group` also subtracts the group's mean; `anchor` (the reference) does not."""
 
+    negative_weight: float = 1.0
+    """Factor on advantages below 0. Pushing away from bad branches has no bound; below 1 the pull
+    towards good ones weighs more."""
+
     fusion: Literal["single", "std"] = "single"
     """Normalise once with the floor, or twice without it (the reference)."""
 
@@ -258,6 +262,8 @@ class AdvantageConfig:
 
     def __post_init__(self) -> None:
         check_positive("advantage", std_floor=self.std_floor, limit=self.limit)
+        if self.negative_weight < 0:
+            raise ValueError(f"advantage.negative_weight is {self.negative_weight}: use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

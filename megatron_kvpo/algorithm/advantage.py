@@ -30,7 +30,8 @@ def advantages(
     `anchor` leaves A as it is. `fusion: std` (the reference) divides by the sample deviation
     (divisor G) of all G + 1 sequences, anchor included, plus 1e-8 in place of the floor, and then
     each signal once more by its own population deviation over the branches: differences of any
-    size become advantages of size 1. `control` acts last.
+    size become advantages of size 1. `negative_weight` then scales what is below 0; `control` acts
+    last.
 
     Args:
         table: Scores of the G branches and the anchor.
@@ -57,6 +58,9 @@ def advantages(
         # The first branch goes first: equal advantages then leave exact zeros, not rounding.
         shifted_G = advantage_G - advantage_G[0]
         advantage_G = shifted_G - shifted_G.mean()
+    if config.negative_weight != 1.0:
+        weight_G = torch.where(advantage_G < 0, config.negative_weight, 1.0)
+        advantage_G = advantage_G * weight_G
     advantage_G = _controlled(advantage_G, config, coordinates)
     metrics |= {
         "policy/advantage_std": advantage_G.std(correction=0),

@@ -70,8 +70,11 @@ def test_a_healthy_start_passes_with_exact_figures_and_leaves_no_trace(ranks, ov
     assert figures["adapter"] > 1e-3
     pairs = zip(tiny.model.parameters(), weights, strict=True)
     assert all(torch.equal(p, kept) for p, kept in pairs), "an alarm moved weights"
-    assert tiny.world.pool.num_free == free, "an alarm kept pages"
     assert check_gradients(AlarmsConfig(), tiny.stages) == 0
+    assert tiny.world.pool.num_free == free, "an alarm took pages"
+    for sampled in begun.groups:
+        sampled.release()
+    assert tiny.world.pool.num_free == tiny.num_pages, "an alarm still holds pages"
 
 
 def test_a_run_resumed_between_syncs_passes_although_the_policies_differ(ranks):

@@ -9,7 +9,8 @@ from megatron_kvpo.flow import add_noise, clean_from_velocity, sampler_sigmas
 from megatron_kvpo.model.pages import PageTable
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import RoutingPlan
-from megatron_kvpo.rollout.group import GroupNoise
+from megatron_kvpo.rollout.group import GroupNoise, roll_out_group
+from megatron_kvpo.rollout.sampler import generate_videos
 from megatron_kvpo.routing import context_frames
 from tests.unit import small
 
@@ -62,6 +63,17 @@ def test_the_anchor_is_the_video_without_any_exploration(tiny, ranks):
     plain = rolled(small.build(ranks, "routing.exploration=none"))
     anchor = rolled(tiny).latent_NFCHW[-1]
     assert all(torch.equal(row, anchor) for row in plain.latent_NFCHW)
+
+
+def test_the_anchor_is_the_video_that_an_evaluation_makes_of_the_same_noises(tiny):
+    """Through switches before, at and after the fork; (seed, a, b, block) names both noises."""
+    prompt = small.switching(6, 12, 18, index=2)
+    plan, sequences = tiny.plan(), tiny.stages.sequences
+    noises = GroupNoise(tiny.world, 9, prompt.index, 4)
+    sampled = roll_out_group(tiny.world, tiny.encode, prompt, plan, noises, sequences)
+    sampled.release()
+    video = generate_videos(tiny.world, tiny.encode, [prompt], [4], 9)[0]
+    torch.testing.assert_close(sampled.group.latent_NFCHW[-1], video, rtol=1e-4, atol=1e-4)
 
 
 def test_without_exploration_no_branch_leaves_the_anchor(ranks):
