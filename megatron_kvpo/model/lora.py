@@ -130,6 +130,7 @@ class FullBank(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._live = dict(model.named_parameters())
+        self._own = {name: parameter.data for name, parameter in self._live.items()}
         self.slots = nn.ModuleDict()
         for slot in SLOTS[1:]:
             copies = nn.ParameterDict()
@@ -143,7 +144,7 @@ class FullBank(nn.Module):
 
     def _values(self, slot: str) -> dict[str, Tensor]:
         if slot == "current":
-            return dict(self._live)
+            return dict(self._own)
         held = self.slots[slot]
         return {name: held[name.replace(".", "/")] for name in self._live}  # type: ignore[index]
 

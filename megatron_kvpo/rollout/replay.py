@@ -34,7 +34,7 @@ def replay_energies(
         config: space, weights, gradient steps.
         rows: row numbers of the group on this rank.
         grad: build a graph through the first config.grad_steps steps. The value then has only
-            these.
+            these. Go backward before anything else writes pages, under the same policy.
 
     Returns:
         energy_B in float32, one a row.
@@ -47,6 +47,7 @@ def replay_energies(
         text = encode_segment(world.model, encode, [group.prompt], plan.fork_frame).select(same)
         stream = sampled.prefix.fork(len(index), text)
         energy_B = latent_BFCHW.new_zeros(len(index), dtype=torch.float32)
+        kept = []  # recomputation in backward reads pages again: none may be rewritten till then
         for block in range(plan.num_blocks):
             if block and stream.frame in group.prompt.switch_frames:
                 text = encode_segment(world.model, encode, [group.prompt], stream.frame)
@@ -55,6 +56,7 @@ def replay_energies(
             target_BT = recorded.velocity_NPTFCHW[index, block]
             last = block + 1 == plan.num_blocks
             predict = config.replay_context == "self" and not last
+            kept += [table.fork() for table in stream.tables if grad]
             terms, predicted = _replay_block(stream, state_BT, target_BT, config, grad, predict)
             energy_B = energy_B + terms
             if not last:
@@ -62,7 +64,8 @@ def replay_energies(
                 clean = predicted if predict else latent_BFCHW[:, start : start + size]
                 context = context_state(clean, world.stream, noises.key(start))
                 stream.commit(context, sigma=world.stream.context_noise)
-        stream.release()
+        for table in (*kept, *stream.tables):
+            table.release()
     return energy_B
 
 

@@ -31,17 +31,17 @@ def check_start(
 ) -> dict[str, float]:  # fmt: skip
     """Ratio 1, anchor energy 0, adapter active, prefix pages equal. Returns the figures seen.
 
-    `old` and `current` are (branch energies, anchor energies) under those policies. If a run
-    resumes between two syncs, the current policy has moved; then a second replay by the old one
-    stands in for it.
+    `old` and `current` are (branch energies, anchor energies) under those policies. The ratio is
+    taken to one more replay by the sampling policy: of the current one, or of the old one if the
+    run resumes between two syncs and the current policy has moved.
 
     Raises:
         AlarmError: names the check, the figure, the limit and what it means.
     """
     if not config.enabled:
         return {}
-    if not stages.policy.is_synced(update):
-        current = stages.energies(update, groups, "old")
+    first = current if stages.policy.is_synced(update) else old
+    current, old = stages.energies(update, groups, "old"), first
     temperature = stages.config.energy.temperature
     ratio_PG = (
         branch_log_probs(current[0], temperature) - branch_log_probs(old[0], temperature)

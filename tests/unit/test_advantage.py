@@ -139,6 +139,15 @@ def test_group_baseline_does_not_see_the_anchor_unless_the_clamp_acts():
     assert abs(one.sum().item()) < 1e-6
 
 
+def test_negative_weight_scales_what_is_below_zero_and_nothing_else():
+    """(-1, 1) of the first test by hand, with a quarter of the weight below 0."""
+    quarter = replace(OURS, negative_weight=0.25)
+    advantage, _ = advantages(table([[1.0, 3.0, 1.0]]), quarter, HERE)
+    close(advantage, [-0.25, 1.0])
+    negated, _ = advantages(table([[1.0, 3.0, 1.0]]), replace(quarter, control="negated"), HERE)
+    close(negated, [0.25, -1.0])
+
+
 def test_negated_control_is_minus_the_real_one():
     rewards = table([[0.3, 0.9, 0.5, 0.8, 0.6]])
     real, _ = advantages(rewards, OURS, HERE)

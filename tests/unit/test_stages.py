@@ -257,6 +257,19 @@ def test_the_reference_never_moves_and_the_average_follows_its_formula(ranks):
     assert not same(weights_of(tiny, "ema"), reference)
 
 
+def test_a_linear_decay_shortens_each_step_by_its_share(ranks):
+    """Adam's first step from equal gradients is the rate, up to its sign: 1, 3/4, ... of it."""
+    moved = []
+    for update in (0, 1, 3):
+        tiny = small.build(ranks, "optimizer.decay=linear", "num_updates=4", "optimizer.eps=1e-12",
+                           "optimizer.weight_decay=0")  # fmt: skip
+        before = weights_of(tiny, "current")
+        run_update(tiny, update)
+        after = weights_of(tiny, "current")
+        moved.append(max((a - b).abs().max() for a, b in zip(after, before, strict=True)).item())
+    assert moved == pytest.approx([1e-2, 0.75e-2, 0.25e-2], rel=1e-3)
+
+
 def test_an_update_moves_the_adapters_and_not_the_base(ranks):
     tiny = small.build(ranks, "optimizer.weight_decay=0.0")
     before = {name: p.detach().clone() for name, p in tiny.model.named_parameters()}
