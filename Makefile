@@ -13,6 +13,9 @@ export OMP_NUM_THREADS ?= 1
 # Small CPU work loses time to torch.compile, which also wants a C++ compiler.
 demo test evidence: export TORCHDYNAMO_DISABLE ?= 1
 
+# Megatron warns at every import that Transformer Engine and Apex are not there. They need not be.
+demo pretrain evidence: export PYTHONWARNINGS ?= ignore::UserWarning
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check pretrain evidence clean
 

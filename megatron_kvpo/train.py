@@ -21,43 +21,47 @@ from megatron_kvpo.training.run import Run
 def train(config: RunConfig) -> None:
     """Run until config.num_updates updates are done, from a checkpoint if there is one."""
     run = Run.start(config)  # ranks, model, policies, prompts, rewards; resumed if it can be
-    policy, stages = run.policy, run.stages
-    with (
-        Metrics(config, run.first, resume_at=run.update) as metrics,
-        log.Progress(config.num_updates, first=run.first, start=run.update) as progress,
-    ):
+    with Metrics(config, run.first, resume_at=run.update) as metrics:
         run.evaluate("before", metrics)
-        for update in range(run.update, config.num_updates):
-            # Explore: one shared prefix a prompt, then G routed branches and the anchor.
-            policy.sync_old(update)
-            groups = stages.explore(update)
-            rewards = stages.score(groups)
-            advantage_PG, scale_P, seen = stages.advantages(update, groups, rewards)
-
-            # Replay: how likely does each policy, unrouted, find these branches?
-            current = stages.energies(update, groups, "current")
-            old = current if policy.is_synced(update) else stages.energies(update, groups, "old")
-            reference = run.reference_energies(update, groups, current)
-            if update == run.update:
-                check_start(config.alarms, stages, update, groups, old, current)
-
-            # Update: the loss sees G numbers a group, so each branch goes backward by itself.
-            loss, weight_PG = energy_weights(
-                current[0], old[0], reference, advantage_PG, scale_P,
-                config.energy.temperature, config.loss,
-            )  # fmt: skip
-            policy.optimizer.zero_grad()
-            stages.backward(update, groups, weight_PG)
-            policy.optimizer.finalize()
-            if update == run.update:
-                check_gradients(config.alarms, stages)
-            grad_norm = policy.step(update)
-
-            run.log(update, metrics, progress, groups, loss, seen, current, grad_norm)
-            run.evaluate_on_the_way(update + 1, metrics)
-            run.save(update + 1)
+        with log.Progress(config.num_updates, first=run.first, start=run.update) as progress:
+            for update in range(run.update, config.num_updates):
+                train_step(run, update, metrics, progress)
         run.evaluate("after", metrics)
     run.finish(progress.seconds_per_update)
+
+
+def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) -> None:
+    """One update over config.policy.groups_per_update prompts."""
+    config, policy, stages = run.config, run.policy, run.stages
+
+    # Explore: one shared prefix a prompt, then G routed branches and the anchor.
+    policy.sync_old(update)
+    groups = stages.explore(update)
+    rewards = stages.score(groups)
+    advantage_PG, scale_P, seen = stages.advantages(update, groups, rewards)
+
+    # Replay: how likely does each policy, unrouted, find these branches?
+    current = stages.energies(update, groups, "current")
+    old = current if policy.is_synced(update) else stages.energies(update, groups, "old")
+    reference = run.reference_energies(update, groups, current)
+    if update == run.update:
+        check_start(config.alarms, stages, update, groups, old, current)
+
+    # Update: the loss sees G numbers a group, so each branch goes backward by itself.
+    loss, weight_PG = energy_weights(
+        current[0], old[0], reference, advantage_PG, scale_P,
+        config.energy.temperature, config.loss,
+    )  # fmt: skip
+    policy.optimizer.zero_grad()
+    stages.backward(update, groups, weight_PG)
+    policy.optimizer.finalize()
+    if update == run.update:
+        check_gradients(config.alarms, stages)
+    grad_norm = policy.step(update)
+
+    run.log(update, metrics, progress, groups, loss, seen, current, grad_norm)
+    run.evaluate_on_the_way(update + 1, metrics)
+    run.save(update + 1)
 
 
 if __name__ == "__main__":
