@@ -18,7 +18,7 @@ from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
 from megatron_kvpo.rollout.replay import replay_energies
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World
-from megatron_kvpo.routing import draw_plan
+from megatron_kvpo.routing import diversity, draw_plan
 from megatron_kvpo.training.policy import Policy
 
 
@@ -74,7 +74,11 @@ class Stages:
             coordinates = (self.config.seed, update, sampled.group.prompt.index)
             row, metrics = advantages(table, self.config.advantage, coordinates)
             rows.append(row)
-            parts.append({**metrics, "reward/composite": self._composite(table)})
+            distance = row.new_tensor(diversity(sampled.group.plan))
+            parts.append(
+                {**metrics, "reward/composite": self._composite(table),
+                 "policy/route_distance": distance}
+            )  # fmt: skip
             scales.append(1.0 if beats_anchor(table) else self.config.loss.unsafe_scale)
         mean = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         device = self.ranks.device
