@@ -61,7 +61,7 @@ class Metrics:
         self._folder.mkdir(parents=True, exist_ok=True)
         settings.dump(self._config, self._folder / "config.yaml")
         path = self._folder / "metrics.jsonl"
-        truncate(path, self._resume_at)
+        truncate(path, self._resume_at, self._resume_at < self._config.num_updates)
         self._file = path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(self._config, resumed=self._resume_at > 0)
         return self
@@ -137,14 +137,27 @@ class Metrics:
             self._wandb = None
 
 
-def truncate(path: Path, resume_at: int) -> None:
-    """Keep the lines of a metrics.jsonl whose update is below `resume_at`, and whole ones only."""
+def truncate(path: Path, resume_at: int, keep_evaluation: bool = False) -> None:
+    """Keep the lines of a metrics.jsonl whose update is below `resume_at`, and whole ones only.
+
+    With `keep_evaluation` also the evaluation of the weights that the run resumes with, which is
+    numbered `resume_at` and would not come again.
+    """
     if not path.is_file():
         return
-    kept = [json.dumps(line) + "\n" for line in read_jsonl(path) if line["update"] < resume_at]
+    last = resume_at + (keep_evaluation and resume_at > 0)
+    kept = [
+        json.dumps(line) + "\n"
+        for line in read_jsonl(path)
+        if line["update"] < (last if _is_evaluation(line) else resume_at)
+    ]
     fresh = path.with_suffix(".tmp")
     fresh.write_text("".join(kept), encoding="utf-8")
     fresh.replace(path)
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return all(name.startswith("eval/") for name in line if name not in ("update", "non_finite"))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -102,6 +102,22 @@ def test_resume_drops_what_came_after_the_checkpoint_and_repeats_nothing(tmp_pat
     assert [line["loss/total"] for line in lines_of(config)] == [0, 1, 2, 3, 14, 15, 16, 17]
 
 
+def test_resume_keeps_the_evaluation_of_the_weights_it_resumes_with_unless_it_comes_again(tmp_path):
+    config = make_config(tmp_path)
+    with Metrics(config, first=True) as run:
+        run.log(1, {"loss/total": 1.0})
+        run.log(2, {"eval/composite": 0.5})
+        run.log(2, {"loss/total": 2.0})
+        run.log(3, {"eval/composite": 0.6})
+    path = config.run_folder / "metrics.jsonl"
+    truncate(path, resume_at=2, keep_evaluation=True)
+    assert [(line["update"], "eval/composite" in line) for line in lines_of(config)] == [
+        (1, False), (2, True),
+    ]  # fmt: skip
+    truncate(path, resume_at=2)
+    assert [line["update"] for line in lines_of(config)] == [1]
+
+
 def test_a_fresh_run_in_an_old_folder_starts_an_empty_file(tmp_path):
     config = make_config(tmp_path)
     for _ in range(2):
