@@ -17,6 +17,7 @@ from megatron_kvpo.rollout.sampler import (
     block_noise,
     context_state,
     denoise_block,
+    encode_for_rows,
     encode_segment,
 )
 from megatron_kvpo.rollout.stream import Stream, World
@@ -106,7 +107,8 @@ def roll_out_group(
     _switch(stream, encode, prompt, blocks)
 
     prefix = stream
-    stream = prefix.fork(num_rows, prefix.text.select(_zeros(world, num_rows)))
+    same = torch.zeros(num_rows, dtype=torch.long, device=blocks[0].device)
+    stream = prefix.fork(num_rows, prefix.text.select(same))
     blocks = [block.expand(num_rows, -1, -1, -1, -1) for block in blocks]
     window_stop = plan.fork_frame + plan.num_blocks * config.block_frames
     records: list[BlockRecord] = []
@@ -149,13 +151,9 @@ def _extend(
 def _switch(stream: Stream, encode: TextEncoder, prompt: Prompt, blocks: list[Tensor]) -> None:
     """If the prompt switches where the stream stands: new text, re-cache."""
     if stream.frame in prompt.switch_frames:
-        text = encode_segment(stream.world.model, encode, [prompt], stream.frame)
-        text = text.select(_zeros(stream.world, len(stream.tables)))
+        rows = len(stream.tables)
+        text = encode_for_rows(stream.world.model, encode, prompt, stream.frame, rows)
         stream.recache(text, torch.cat(blocks, dim=1))
-
-
-def _zeros(world: World, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.long, device=world.model.spec.ranks.device)
 
 
 def _stack(per_block: list[list[Tensor]]) -> Tensor:

@@ -12,7 +12,7 @@ from megatron_kvpo.config import EnergyConfig
 from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
 from megatron_kvpo.records import Trajectory
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
-from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_segment
+from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_for_rows
 from megatron_kvpo.rollout.stream import Stream
 
 
@@ -42,16 +42,15 @@ def replay_energies(
     world, group, plan = sampled.prefix.world, sampled.group, sampled.group.plan
     index, recorded = list(rows), replay_targets(sampled)
     latent_BFCHW = group.latent_NFCHW[index]
-    same = torch.zeros(len(index), dtype=torch.long, device=latent_BFCHW.device)
     with torch.set_grad_enabled(grad):
-        text = encode_segment(world.model, encode, [group.prompt], plan.fork_frame).select(same)
+        text = encode_for_rows(world.model, encode, group.prompt, plan.fork_frame, len(index))
         stream = sampled.prefix.fork(len(index), text)
         energy_B = latent_BFCHW.new_zeros(len(index), dtype=torch.float32)
         kept = []  # recomputation in backward reads pages again: none may be rewritten till then
         for block in range(plan.num_blocks):
             if block and stream.frame in group.prompt.switch_frames:
-                text = encode_segment(world.model, encode, [group.prompt], stream.frame)
-                stream.recache(text.select(same), latent_BFCHW[:, : stream.frame])
+                text = encode_for_rows(world.model, encode, group.prompt, stream.frame, len(index))
+                stream.recache(text, latent_BFCHW[:, : stream.frame])
             state_BT = recorded.state_NPTFCHW[index, block]
             target_BT = recorded.velocity_NPTFCHW[index, block]
             last = block + 1 == plan.num_blocks

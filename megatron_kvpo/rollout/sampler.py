@@ -82,6 +82,14 @@ def encode_segment(
     return model.encode_text(encode(texts).to(model.spec.ranks.device))
 
 
+def encode_for_rows(
+    model: CausalWan, encode: TextEncoder, prompt: Prompt, frame: int, num_rows: int
+) -> TextKeys:
+    """Text keys of what one prompt says at `frame`, encoded once and shared by all rows."""
+    same = torch.zeros(num_rows, dtype=torch.long, device=model.spec.ranks.device)
+    return encode_segment(model, encode, [prompt], frame).select(same)
+
+
 @torch.no_grad()
 def generate_videos(
     world: World, encode: TextEncoder, prompts: Sequence[Prompt], noise_keys: Sequence[int],

@@ -90,9 +90,8 @@ class Evaluator:
         """
         folder = self._config.run_folder / "real_videos"
         write_prompt_videos(folder, self.prompts, self._config.stream.num_frames, size=CODED_SIZE)
-        model, stride = self._config.model, self._config.codec.spatial_stride
-        size = (model.latent_height * stride, model.latent_width * stride)
-        clip = ClipSpec(num_pixel_frames=pixel_start(self._config.stream.num_frames), size=size)
+        num_pixel_frames, height, width = self._video_shape
+        clip = ClipSpec(num_pixel_frames=num_pixel_frames, size=(height, width))
         pipeline = VideoPipeline(folder, clip, batch_size=16, shuffle=False)
         video_BCFHW = load_videos(pipeline).to(self._ranks.device)
         latent = self._codec.encode(video_BCFHW).detach()
@@ -122,10 +121,15 @@ class Evaluator:
     def _strips(self, parts: list[Tensor]) -> Tensor:
         if parts:
             return torch.cat(parts)
+        num_pixel_frames, height, width = self._video_shape
+        return torch.zeros(0, num_pixel_frames, 3, height, width, device=self._ranks.device)
+
+    @property
+    def _video_shape(self) -> tuple[int, int, int]:
+        """Pixel frames, height and width of a generated video."""
         model, stride = self._config.model, self._config.codec.spatial_stride
-        size = (model.latent_height * stride, model.latent_width * stride)
-        count = pixel_start(self._config.stream.num_frames)
-        return torch.zeros(0, count, 3, *size, device=self._ranks.device)
+        num_pixel_frames = pixel_start(self._config.stream.num_frames)
+        return num_pixel_frames, model.latent_height * stride, model.latent_width * stride
 
     def _save_strips(self, frames_RFCHW: Tensor, name: str) -> None:
         folder = self._config.run_folder / "filmstrips"

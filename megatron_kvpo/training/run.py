@@ -197,7 +197,7 @@ class Run:
             )  # fmt: skip
             (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
             if self.config.log.report:
-                logger.info("report: %s", write_report(folder))
+                write_report(folder)
             log.emit_result(to_json(summary))
         stop_ranks()
 

@@ -32,8 +32,9 @@ class Stages:
         self.config, self.ranks, self.policy, self.world = config, ranks, policy, world
         self.encode, self.scorer, self.prompts = encode, scorer, prompts
         num_branches = config.routing.num_branches
-        self._shares = shares(num_branches, ranks.branch.size)
-        self.branches = self._shares[ranks.branch.rank]
+        parts = shares(num_branches, ranks.branch.size)
+        self._sizes = [len(part) for part in parts]
+        self.branches = parts[ranks.branch.rank]
         self.sequences = (*self.branches, num_branches)
 
     def noises(self, update: int, prompt_index: int) -> GroupNoise:
@@ -97,8 +98,7 @@ class Stages:
             for sampled in groups:
                 noises = self.noises(update, sampled.group.prompt.index)
                 energy_N = replay_energies(sampled, self.encode, noises, self.config.energy, rows)
-                sizes = [len(part) for part in self._shares]
-                branches.append(gather_rows(energy_N[:-1], self.ranks.branch, sizes))
+                branches.append(gather_rows(energy_N[:-1], self.ranks.branch, self._sizes))
                 anchors.append(energy_N[-1])
         return torch.stack(branches), torch.stack(anchors)
 
@@ -118,8 +118,7 @@ class Stages:
 
     def _whole(self, score_KN: Tensor) -> Tensor:
         """All branches and the anchor, from this rank's branches and the anchor."""
-        sizes = [len(part) for part in self._shares]
-        branch_GK = gather_rows(score_KN[:, :-1].T.contiguous(), self.ranks.branch, sizes)
+        branch_GK = gather_rows(score_KN[:, :-1].T.contiguous(), self.ranks.branch, self._sizes)
         return torch.cat([branch_GK.T, score_KN[:, -1:]], dim=1)
 
     @staticmethod
