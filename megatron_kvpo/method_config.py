@@ -275,5 +275,10 @@ class LossConfig:
     kl_coefficient: float = 10.0
     """Weight of KL(policy || reference) over a group. 0 drops the reference."""
 
+    drift_coefficient: float = 0.0
+    """Weight of the squared distance between the policy's velocities and the reference's, in the
+    states that the branches visited. The KL compares branches with each other and cannot see a
+    drift that they share; this can. 0 (the paper) leaves it out."""
+
     unsafe_scale: float = 1.0
     """Factor on the loss of a group none of whose branches beats the anchor. The reference: 0.5."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -126,6 +127,19 @@ class RolloutGroup:
     trajectory: Trajectory
     sequences: tuple[int, ...]
     """Which sequence each row is: 0..G-1 a branch, G the anchor. All of them on one rank."""
+
+
+class Energies(NamedTuple):
+    """What one policy's replay of this rank's P groups gave, unrouted."""
+
+    branch_PG: Tensor
+    """Trajectory velocity energies of all branches, float32."""
+
+    anchor_P: Tensor
+    """Those of the anchors."""
+
+    velocities: tuple[Tensor, ...] = ()
+    """velocity_NPTFCHW of this rank's sequences, one tensor a group, if they were to be kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,17 +43,17 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
     # Replay: how likely does each policy, unrouted, find these branches?
     current = stages.energies(update, groups, "current")
     old = current if policy.is_synced(update) else stages.energies(update, groups, "old")
-    reference = run.reference_energies(update, groups, current)
+    reference = run.reference(update, groups, current)
     if update == run.update:
         check_start(config.alarms, stages, update, groups, old, current)
 
     # Update: the loss sees G numbers a group, so each branch goes backward by itself.
     loss, weight_PG = energy_weights(
-        current[0], old[0], reference, advantage_PG, scale_P,
+        current.branch_PG, old.branch_PG, reference and reference.branch_PG, advantage_PG, scale_P,
         config.energy.temperature, config.loss,
     )  # fmt: skip
     policy.optimizer.zero_grad()
-    stages.backward(update, groups, weight_PG)
+    seen["policy/drift"] = stages.backward(update, groups, weight_PG, reference)
     policy.optimizer.finalize()
     if update == run.update:
         check_gradients(config.alarms, stages)

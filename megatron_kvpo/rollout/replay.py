@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +14,36 @@ from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
 from megatron_kvpo.records import Trajectory
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
 from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_for_rows
-from megatron_kvpo.rollout.stream import Stream
+from megatron_kvpo.rollout.stream import Stream, World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """What the acting policy makes of some rows of a group."""
+
+    energy_B: Tensor
+    """Squared distance to the velocities taken in the rollout, float32."""
+
+    drift_B: Tensor
+    """Squared distance to the reference's velocities in the same states; 0 without a reference."""
+
+    velocity_BPTFCHW: Tensor | None
+    """The policy's own velocities, if they were to be kept."""
 
 
 def replay_energies(
     sampled: SampledGroup, encode: TextEncoder, noises: GroupNoise, config: EnergyConfig,
     rows: Sequence[int], *, grad: bool = False,
 ) -> Tensor:  # fmt: skip
+    """The energies of `replay` alone: energy_B."""
+    return replay(sampled, encode, noises, config, rows, grad=grad).energy_B
+
+
+def replay(
+    sampled: SampledGroup, encode: TextEncoder, noises: GroupNoise, config: EnergyConfig,
+    rows: Sequence[int], *, grad: bool = False, keep: bool = False,
+    reference_BPTFCHW: Tensor | None = None,
+) -> Replay:  # fmt: skip
     """Trajectory velocity energy of some rows under the acting policy, in the plain context.
 
     E = sum over blocks and steps of w mean((v(z) - u)^2). The prefix's keys and values are the
@@ -33,49 +57,54 @@ def replay_energies(
         noises: of the group, for context noise.
         config: space, weights, gradient steps.
         rows: row numbers of the group on this rank.
-        grad: build a graph through the first config.grad_steps steps. The value then has only
+        grad: build a graph through the first config.grad_steps steps. The values then have only
             these. Go backward before anything else writes pages, under the same policy.
-
-    Returns:
-        energy_B in float32, one a row.
+        keep: return the velocities too.
+        reference_BPTFCHW: another policy's velocities in these rows' states. The drift is E with
+            these in the place of u.
     """
     world, group, plan = sampled.prefix.world, sampled.group, sampled.group.plan
     index, recorded = list(rows), replay_targets(sampled)
     latent_BFCHW = group.latent_NFCHW[index]
+    energy_B = drift_B = latent_BFCHW.new_zeros(len(index), dtype=torch.float32)
+    velocities = []
     with torch.set_grad_enabled(grad):
         text = encode_for_rows(world.model, encode, group.prompt, plan.fork_frame, len(index))
         stream = sampled.prefix.fork(len(index), text)
-        energy_B = latent_BFCHW.new_zeros(len(index), dtype=torch.float32)
         kept = []  # recomputation in backward reads pages again: none may be rewritten till then
         for block in range(plan.num_blocks):
             if block and stream.frame in group.prompt.switch_frames:
                 text = encode_for_rows(world.model, encode, group.prompt, stream.frame, len(index))
                 stream.recache(text, latent_BFCHW[:, : stream.frame])
-            state_BT = recorded.state_NPTFCHW[index, block]
-            target_BT = recorded.velocity_NPTFCHW[index, block]
+            state_BTFCHW = recorded.state_NPTFCHW[index, block]
             last = block + 1 == plan.num_blocks
             predict = config.replay_context == "self" and not last
             kept += [table.fork() for table in stream.tables if grad]
-            terms, predicted = _replay_block(stream, state_BT, target_BT, config, grad, predict)
-            energy_B = energy_B + terms
+            velocity_T, predicted = _replay_block(stream, state_BTFCHW, config, grad, predict)
+            taken_BTFCHW = recorded.velocity_NPTFCHW[index, block]
+            energy_B = energy_B + _distance(velocity_T, taken_BTFCHW, world, config)
+            if reference_BPTFCHW is not None:
+                target_BTFCHW = reference_BPTFCHW[:, block]
+                drift_B = drift_B + _distance(velocity_T, target_BTFCHW, world, config)
+            if keep:
+                velocities.append(torch.stack([v.detach() for v in velocity_T], dim=1))
             if not last:
-                start, size = stream.frame, world.stream.block_frames
-                clean = predicted if predict else latent_BFCHW[:, start : start + size]
-                context = context_state(clean, world.stream, noises.key(start))
+                stop = stream.frame + world.stream.block_frames
+                clean = predicted if predict else latent_BFCHW[:, stream.frame : stop]
+                context = context_state(clean, world.stream, noises.key(stream.frame))
                 stream.commit(context, sigma=world.stream.context_noise)
         for table in (*kept, *stream.tables):
             table.release()
-    return energy_B
+    kept_BPTFCHW = torch.stack(velocities, dim=1) if keep else None
+    return Replay(energy_B=energy_B, drift_B=drift_B, velocity_BPTFCHW=kept_BPTFCHW)
 
 
 def _replay_block(
-    stream: Stream, state_BTFCHW: Tensor, target_BTFCHW: Tensor, config: EnergyConfig,
-    grad: bool, predict: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One block's energy terms, summed, and the clean estimate of its last step if wanted."""
+    stream: Stream, state_BTFCHW: Tensor, config: EnergyConfig, grad: bool, predict: bool
+) -> tuple[list[Tensor], Tensor]:
+    """One block's velocities at the steps that count, and its last clean estimate if wanted."""
     sigmas = sampler_sigmas(stream.world.stream.steps, stream.world.stream.shift)
-    energy_B = state_BTFCHW.new_zeros(len(state_BTFCHW), dtype=torch.float32)
-    predicted = torch.empty(0)
+    velocity_T, predicted = [], torch.empty(0)
     for step, sigma in enumerate(sigmas):
         counts = not grad or step < config.grad_steps
         wanted = predict and step + 1 == len(sigmas)
@@ -85,10 +114,22 @@ def _replay_block(
         with torch.set_grad_enabled(grad and counts):
             velocity = stream.velocity(state, sigma)
         if counts:
-            energy_B = energy_B + step_energy(velocity, target_BTFCHW[:, step], sigma, config)
+            velocity_T.append(velocity)
         if wanted:
             predicted = clean_from_velocity(state, velocity.detach(), sigma)
-    return energy_B, predicted
+    return velocity_T, predicted
+
+
+def _distance(
+    velocity_T: Sequence[Tensor], target_BTFCHW: Tensor, world: World, config: EnergyConfig
+) -> Tensor:
+    """One block's energy terms, summed over the steps given, which are the first ones."""
+    sigmas = sampler_sigmas(world.stream.steps, world.stream.shift)
+    terms = [
+        step_energy(velocity, target_BTFCHW[:, step], sigmas[step], config)
+        for step, velocity in enumerate(velocity_T)
+    ]
+    return torch.stack(terms).sum(dim=0)
 
 
 def replay_targets(sampled: SampledGroup) -> Trajectory:

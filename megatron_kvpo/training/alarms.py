@@ -13,6 +13,7 @@ from megatron_kvpo.config import AlarmsConfig
 from megatron_kvpo.parallel.collect import all_equal
 from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.parallel.seeds import noise
+from megatron_kvpo.records import Energies
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sampler import encode_segment
 from megatron_kvpo.training.stages import Stages
@@ -27,13 +28,13 @@ class AlarmError(ValueError):
 
 def check_start(
     config: AlarmsConfig, stages: Stages, update: int, groups: Sequence[SampledGroup],
-    old: tuple[Tensor, Tensor], current: tuple[Tensor, Tensor],
+    old: Energies, current: Energies,
 ) -> dict[str, float]:  # fmt: skip
     """Ratio 1, anchor energy 0, adapter active, prefix pages equal. Returns the figures seen.
 
-    `old` and `current` are (branch energies, anchor energies) under those policies. The ratio is
-    taken to one more replay by the sampling policy: of the current one, or of the old one if the
-    run resumes between two syncs and the current policy has moved.
+    `old` and `current` are replays by those policies. The ratio is taken to one more replay by the
+    sampling policy: of the current one, or of the old one if the run resumes between two syncs and
+    the current policy has moved.
 
     Raises:
         AlarmError: names the check, the figure, the limit and what it means.
@@ -44,11 +45,12 @@ def check_start(
     current, old = stages.energies(update, groups, "old"), first
     temperature = stages.config.energy.temperature
     ratio_PG = (
-        branch_log_probs(current[0], temperature) - branch_log_probs(old[0], temperature)
+        branch_log_probs(current.branch_PG, temperature)
+        - branch_log_probs(old.branch_PG, temperature)
     ).exp()
     figures = {
         "ratio": float((ratio_PG - 1).abs().max()) * temperature,
-        "anchor_energy": float(old[1].max()),
+        "anchor_energy": float(old.anchor_P.max()),
         "adapter": _movement(stages, groups[0]),
         "prefix_pages": _prefix_difference(stages.ranks, groups),
     }

@@ -19,7 +19,7 @@ from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.parallel.collect import gather_rows
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
-from megatron_kvpo.records import LossOutput, Prompt
+from megatron_kvpo.records import Energies, LossOutput, Prompt
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.stream import new_world
@@ -83,15 +83,17 @@ class Run:
         log.setup(is_first(ranks), config.run_folder)
         return run
 
-    def reference_energies(
-        self, update: int, groups: Sequence[SampledGroup], current: tuple[Tensor, Tensor]
-    ) -> Tensor | None:
-        """Branch energies under the frozen initial policy; None when the loss does not use it."""
-        if self.config.loss.kl_coefficient == 0:
+    def reference(
+        self, update: int, groups: Sequence[SampledGroup], current: Energies
+    ) -> Energies | None:
+        """The replay by the frozen initial policy; None when the loss does not use it."""
+        loss = self.config.loss
+        if loss.kl_coefficient == 0 and loss.drift_coefficient == 0:
             return None
-        if update == 0:  # nothing has been trained yet: the same weights
-            return current[0]
-        return self.stages.energies(update, groups, "reference")[0]
+        if update == 0:  # nothing has been trained yet: the same weights, no drift
+            return current
+        keep = loss.drift_coefficient > 0
+        return self.stages.energies(update, groups, "reference", keep=keep)
 
     def evaluate(self, name: str, metrics: Metrics) -> None:
         """Evaluate `before` (the initial weights) or `after` (config.evaluation.adapter)."""
@@ -125,7 +127,7 @@ class Run:
     def log(
         self, update: int, metrics: Metrics, progress: log.Progress,
         groups: Sequence[SampledGroup], loss: LossOutput, seen: dict[str, Tensor],
-        current: tuple[Tensor, Tensor], grad_norm: float,
+        current: Energies, grad_norm: float,
     ) -> None:  # fmt: skip
         """Report one update over all data ranks and let its groups' pages go."""
         if update == 0 and self.first and self.evaluator.prompts:
@@ -134,8 +136,9 @@ class Run:
             sampled.release()
         values = {
             **seen, **loss.metrics, "loss/total": loss.loss,
-            "policy/energy_mean": current[0].mean(), "policy/energy_max": current[0].max(),
-            "policy/anchor_energy": current[1].max(),
+            "policy/energy_mean": current.branch_PG.mean(),
+            "policy/energy_max": current.branch_PG.max(),
+            "policy/anchor_energy": current.anchor_P.max(),
         }  # fmt: skip
         stacked = torch.stack([v.double().to(self.ranks.device) for v in values.values()])
         rank_DV = gather_rows(stacked[None], self.ranks.data, [1] * self.ranks.data.size)

@@ -12,10 +12,10 @@ from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, share
 from megatron_kvpo.parallel.collect import gather_rows, shares
 from megatron_kvpo.parallel.groups import Ranks
-from megatron_kvpo.records import RewardTable
+from megatron_kvpo.records import Energies, RewardTable
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
-from megatron_kvpo.rollout.replay import replay_energies
+from megatron_kvpo.rollout.replay import replay
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import diversity, draw_plan
@@ -86,35 +86,56 @@ class Stages:
         return torch.stack(rows).float().to(device), torch.tensor(scales, device=device), mean
 
     def energies(
-        self, update: int, groups: Sequence[SampledGroup], slot: str
-    ) -> tuple[Tensor, Tensor]:
-        """Energies under the policy of `slot`: energy_PG of all branches, energy_P of the anchors.
+        self, update: int, groups: Sequence[SampledGroup], slot: str, *, keep: bool = False
+    ) -> Energies:
+        """Energies of all branches and of the anchors under the policy of `slot`.
 
-        A group's rows go as one batch, as in its rollout, so that bits repeat.
+        A group's rows go as one batch, as in its rollout, so that bits repeat. `keep` keeps the
+        velocities of this rank's sequences too.
         """
-        branches, anchors = [], []
+        branches, anchors, velocities = [], [], []
         rows = range(len(self.sequences))
         with self.policy.acting(slot):
             for sampled in groups:
                 noises = self.noises(update, sampled.group.prompt.index)
-                energy_N = replay_energies(sampled, self.encode, noises, self.config.energy, rows)
+                found = replay(sampled, self.encode, noises, self.config.energy, rows, keep=keep)
+                energy_N = found.energy_B
                 branches.append(gather_rows(energy_N[:-1], self.ranks.branch, self._sizes))
                 anchors.append(energy_N[-1])
-        return torch.stack(branches), torch.stack(anchors)
+                if found.velocity_BPTFCHW is not None:
+                    velocities.append(found.velocity_BPTFCHW)
+        return Energies(torch.stack(branches), torch.stack(anchors), tuple(velocities))
 
-    def backward(self, update: int, groups: Sequence[SampledGroup], weight_PG: Tensor) -> None:
-        """Send this rank's branches backward with their c_g: sum_g c_g dE_g / dtheta."""
+    def backward(
+        self, update: int, groups: Sequence[SampledGroup], weight_PG: Tensor,
+        reference: Energies | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Send this rank's branches backward: sum_g c_g dE_g / dtheta, and the drift's gradient.
+
+        The drift counts if `reference` holds velocities. Returns its mean over all branches.
+        """
         most, scale = self.config.policy.max_rows, self.policy.optimizer.loss_scale
         rows = list(range(len(self.branches)))
+        drift_weight = self.config.loss.drift_coefficient / weight_PG.numel()
+        velocities = reference.velocities if reference else ()
+        drifts = []
         with self.policy.acting("current"):
-            for sampled, weight_G in zip(groups, weight_PG, strict=True):
+            for number, (sampled, weight_G) in enumerate(zip(groups, weight_PG, strict=True)):
                 weight_B = weight_G[self.branches.start : self.branches.stop]
                 noises = self.noises(update, sampled.group.prompt.index)
                 for part in (rows[i : i + most] for i in range(0, len(rows), most)):
-                    energy_B = replay_energies(
-                        sampled, self.encode, noises, self.config.energy, part, grad=True
-                    )
-                    (scale * (weight_B[part] * energy_B).sum()).backward()
+                    target = velocities[number][part] if velocities else None
+                    found = replay(
+                        sampled, self.encode, noises, self.config.energy, part, grad=True,
+                        reference_BPTFCHW=target,
+                    )  # fmt: skip
+                    loss = (weight_B[part] * found.energy_B).sum()
+                    drifts.append(found.drift_B.detach())
+                    if target is not None:
+                        loss = loss + drift_weight * found.drift_B.sum()
+                    (scale * loss).backward()
+        sizes = [size * len(groups) for size in self._sizes]
+        return gather_rows(torch.cat(drifts), self.ranks.branch, sizes).mean()
 
     def _whole(self, score_KN: Tensor) -> Tensor:
         """All branches and the anchor, from this rank's branches and the anchor."""

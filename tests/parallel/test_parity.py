@@ -54,6 +54,7 @@ def _recipe(folder: Path) -> Path:
     path = write_recipe(
         folder,
         evaluation={"prompts": str(held_out), "noises_per_prompt": 2, "filmstrips": 1},
+        loss={"drift_coefficient": 1.0},
         **write_strong_weights(folder),
     )
     held_out.write_text("".join((folder / "prompts.jsonl").read_text().splitlines(True)[:2]))

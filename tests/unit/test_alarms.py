@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_kvpo.config import AlarmsConfig
+from megatron_kvpo.records import Energies
 from megatron_kvpo.rollout import stream as stream_module
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.training import alarms
@@ -26,7 +26,7 @@ class Start(NamedTuple):
     tiny: small.Small
     groups: list[SampledGroup]
 
-    def energies(self, slot: str, update: int = 0) -> tuple[Tensor, Tensor]:
+    def energies(self, slot: str, update: int = 0) -> Energies:
         return self.tiny.stages.energies(update, self.groups, slot)
 
     def check(self, update: int = 0, **config) -> dict[str, float]:
@@ -88,7 +88,7 @@ def test_switched_off_alarms_look_at_nothing(begun, monkeypatch):
     stages = begun.tiny.stages
     monkeypatch.setattr(stages.policy.optimizer, "check_gradients_equal", lambda: 1.0)
     off = AlarmsConfig(enabled=False)
-    bad = torch.full((2, 3), torch.nan), torch.ones(2)
+    bad = Energies(torch.full((2, 3), torch.nan), torch.ones(2))
     assert check_start(off, stages, 0, begun.groups, bad, bad) == {}
     assert check_gradients(off, stages) == 0
 
@@ -152,7 +152,7 @@ def test_energies_of_two_laws_sound_the_ratio_alarm(begun):
     """What the loss would call old and current differ although nothing was trained."""
     old = begun.energies("old")
     begun.tiny.stir("current")
-    current = begun.energies("current")[0], old[1]
+    current = begun.energies("current")._replace(anchor_P=old.anchor_P)
     with pytest.raises(AlarmError, match=r"^alarm ratio: .*off 1 by [\d.]+, the limit is 1e-05"):
         check_start(AlarmsConfig(), begun.tiny.stages, 0, begun.groups, old, current)
 
@@ -164,8 +164,9 @@ def test_a_replay_that_does_not_repeat_itself_sounds_the_ratio_alarm(ranks, monk
     energies, drawn = begun.tiny.stages.energies, iter(range(9))
 
     def restless(*arguments):
-        energy_PG, anchor_P = energies(*arguments)
-        return energy_PG + next(drawn) * torch.tensor([0.0, 0.01, 0.02]), anchor_P
+        found = energies(*arguments)
+        shift_G = next(drawn) * torch.tensor([0.0, 0.01, 0.02])
+        return found._replace(branch_PG=found.branch_PG + shift_G)
 
     monkeypatch.setattr(begun.tiny.stages, "energies", restless)
     sounds(begun, "ratio", update)
@@ -175,7 +176,7 @@ def test_the_ratios_limit_scales_with_the_temperature(ranks):
     """Energies off by rounding, 1e-6, make ratios off by 1e-3 at temperature 0.001."""
     begun = start(ranks, "energy.temperature=0.001")
     old = begun.energies("old")
-    current = old[0] + torch.tensor([0.0, 1e-6, -1e-6]), old[1]
+    current = old._replace(branch_PG=old.branch_PG + torch.tensor([0.0, 1e-6, -1e-6]))
     check_start(AlarmsConfig(), begun.tiny.stages, 0, begun.groups, old, current)
     with pytest.raises(AlarmError, match="alarm ratio"):
         check_start(AlarmsConfig(ratio_tolerance=1e-8), begun.tiny.stages, 0, begun.groups, old,
@@ -212,8 +213,9 @@ def test_prefix_pages_that_differ_between_ranks_sound_the_prefix_alarm(begun, mo
 
 
 def test_energies_that_are_no_numbers_sound_an_alarm(begun):
-    branches, anchors = begun.energies("old")
-    for bad in ((branches * torch.nan, anchors), (branches, anchors * torch.nan)):
+    branches, anchors, _ = begun.energies("old")
+    nan = torch.nan
+    for bad in (Energies(branches * nan, anchors), Energies(branches, anchors * nan)):
         with pytest.raises(AlarmError):
             check_start(AlarmsConfig(), begun.tiny.stages, 0, begun.groups, bad, bad)
 

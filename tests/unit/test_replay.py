@@ -10,7 +10,7 @@ from megatron_kvpo.algorithm.energy import branch_log_probs, trajectory_velocity
 from megatron_kvpo.config import AdvantageConfig
 from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
 from megatron_kvpo.parallel.seeds import noise
-from megatron_kvpo.rollout.replay import replay_targets
+from megatron_kvpo.rollout.replay import replay, replay_targets
 from tests.unit import small
 
 ranks = small.ranks
@@ -90,6 +90,33 @@ def test_energy_is_the_sum_over_blocks_and_steps_of_the_replayed_velocities(tiny
         tiny.config.energy,
     )  # fmt: skip
     torch.testing.assert_close(tiny.energies(group, "reference"), expected)
+
+
+def test_drift_is_the_energy_with_the_references_velocities_as_targets(ranks):
+    """0 against its own velocities; against another policy's, the formula; the energy as before."""
+    tiny = small.build(ranks)
+    group = tiny.roll_out()
+    sigmas = sampler_sigmas(tiny.config.stream.steps, tiny.config.stream.shift)
+    rows, noises = [0, 2], tiny.noises(group.group.prompt)
+
+    def replayed(slot, reference=None):
+        with tiny.policy.acting(slot), torch.no_grad():
+            return replay(group, tiny.encode, noises, tiny.config.energy, rows, keep=True,
+                          reference_BPTFCHW=reference)  # fmt: skip
+
+    tiny.stir("current")
+    reference, current = replayed("reference"), replayed("current")
+    assert torch.equal(replayed("current", current.velocity_BPTFCHW).drift_B, torch.zeros(2))
+    found = replayed("current", reference.velocity_BPTFCHW)
+    expected = trajectory_velocity_energy(
+        current.velocity_BPTFCHW, reference.velocity_BPTFCHW, torch.tensor(sigmas),
+        tiny.config.energy,
+    )  # fmt: skip
+    assert (expected > 0).all()
+    torch.testing.assert_close(found.drift_B, expected)
+    assert torch.equal(found.energy_B, current.energy_B)
+    assert torch.equal(found.energy_B, tiny.energies(group, "current", rows))
+    group.release()
 
 
 def test_the_replay_reads_the_plain_window_and_the_prefix_of_the_sampling_policy(

@@ -12,7 +12,9 @@ from megatron_kvpo.algorithm.energy import branch_log_probs
 from megatron_kvpo.algorithm.loss import energy_weights, kvpo_loss
 from megatron_kvpo.parallel.groups import Axis
 from megatron_kvpo.records import RewardTable
+from megatron_kvpo.rollout.replay import replay
 from megatron_kvpo.routing import draw_plan
+from megatron_kvpo.training import stages as stages_module
 from megatron_kvpo.training.stages import Stages
 from tests.unit import small
 
@@ -80,15 +82,33 @@ def whole_gradient(tiny: small.Small, groups, advantage_PG, scale_P) -> dict[str
         energy_PG = graph_PG + (value_PG - graph_PG).detach()  # later steps count in the value
         log_probs = [branch_log_probs(e, temperature) for e in (energy_PG, old_PG, reference_PG)]
         loss = kvpo_loss(*log_probs, advantage_PG, scale_P, tiny.config.loss).loss
+        if weight := tiny.config.loss.drift_coefficient:
+            loss = loss + weight * whole_drift(tiny, groups)
         trained = tiny.policy.trained()
         return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+def whole_drift(tiny: small.Small, groups) -> torch.Tensor:
+    """Mean over branches of the squared distance to the reference's velocities, with its graph."""
+    kept = tiny.stages.energies(0, groups, "reference", keep=True).velocities
+    rows = range(tiny.config.routing.num_branches)
+    drifts = []
+    with tiny.policy.acting("current"):
+        for sampled, velocity in zip(groups, kept, strict=True):
+            noises = tiny.noises(sampled.group.prompt)
+            found = replay(sampled, tiny.encode, noises, tiny.config.energy, rows, grad=True,
+                           reference_BPTFCHW=velocity[: len(rows)])  # fmt: skip
+            drifts.append(found.drift_B)
+    return torch.stack(drifts).mean()
 
 
 def sent_backward(tiny: small.Small, *shares: Stages) -> dict[str, torch.Tensor]:
     """Gradient left by Stages.backward of each share in turn, with weights from numbers alone."""
     tiny.policy.optimizer.zero_grad()
     for stages, groups, weight_PG in shares:
-        stages.backward(0, groups, weight_PG)
+        drifts = stages.config.loss.drift_coefficient > 0
+        reference = stages.energies(0, groups, "reference", keep=True) if drifts else None
+        stages.backward(0, groups, weight_PG, reference)
     found = {name: p.main_grad.clone() for name, p in tiny.policy.trained().items()}
     tiny.policy.optimizer.zero_grad()
     return found
@@ -119,6 +139,7 @@ TWO_PASS = [
     ("routing.num_routed_blocks=1",),
     ("energy.grad_steps=2", "energy.temperature=0.2"),
     ("routing.exploration=noise",),
+    ("loss.drift_coefficient=0.5", "energy.grad_steps=3"),
     ("policy.mode=full", "policy.groups_per_update=1"),
 ]
 
@@ -146,8 +167,9 @@ def test_branches_sent_backward_by_themselves_give_the_gradient_of_the_whole_los
     assert_close(*found, limit=1e-4 if "max_rows=2" in how else 1e-5)  # batches round apart
 
 
-def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks):
+def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks, monkeypatch):
     """Two branch ranks, one after the other in this process: 2 branches and 1."""
+    monkeypatch.setattr(stages_module, "gather_rows", lambda rows, *_: rows)  # they never meet
     tiny = apart(small.build(ranks))
     whole = tiny.stages.explore(0)
     *_, weight_PG = numbers(tiny, whole)
@@ -199,7 +221,7 @@ def test_the_old_policy_samples_and_no_other(ranks):
 def test_energies_are_of_branches_and_anchors_apart(ranks):
     tiny = apart(small.build(ranks))
     groups = tiny.stages.explore(0)
-    energy_PG, anchor_P = tiny.stages.energies(0, groups, "old")
+    energy_PG, anchor_P, _ = tiny.stages.energies(0, groups, "old")
     assert energy_PG.shape == (2, 3)
     assert torch.equal(anchor_P, torch.zeros(2))
     assert (energy_PG > 0).all()
@@ -301,14 +323,14 @@ def test_updates_move_probability_towards_branches_with_advantage(ranks):
     tiny = small.build(ranks, "optimizer.lr=1e-3", "policy.groups_per_update=1",
                        "loss.kl_coefficient=0.0", "optimizer.weight_decay=0.0")  # fmt: skip
     groups = tiny.stages.explore(0)
-    before, _ = tiny.stages.energies(0, groups, "current")
+    before = tiny.stages.energies(0, groups, "current")
     advantage_PG, _, weight_PG = numbers(tiny, groups)
     tiny.policy.optimizer.zero_grad()
     tiny.stages.backward(0, groups, weight_PG)
     tiny.policy.optimizer.finalize()
     tiny.policy.step(0)
-    after, _ = tiny.stages.energies(0, groups, "current")
-    moved = branch_log_probs(after, 1.0) - branch_log_probs(before, 1.0)
+    after = tiny.stages.energies(0, groups, "current")
+    moved = branch_log_probs(after[0], 1.0) - branch_log_probs(before[0], 1.0)
     assert float((moved * advantage_PG).sum()) > 0
     groups[0].release()
 
