@@ -40,7 +40,7 @@ pretrain: $(STAMP)  ## train the small generator that the demo starts from; ARGS
 	@$(BIN)/python -m megatron_kvpo.training.pretrain examples/shapes/pretrain.yaml $(ARGS)
 
 evidence: $(STAMP)  ## real, shuffled, negated and lr 0 over three seeds
-	@$(BIN)/python -m tools.evidence $(ARGS)
+	@$(BIN)/python -m tools.evidence --prompts examples/shapes/prompts_evidence.jsonl --noises 4 $(ARGS)
 
 test: $(STAMP)  ## all tests; ARGS="-k pages" picks some, WORKERS=1 runs one at a time
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=15 $(ARGS)

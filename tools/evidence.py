@@ -86,10 +86,15 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
     unknown = [arm for arm in options.arms if arm not in ARMS]
     if unknown:
         raise ValueError(f"unknown arms {unknown}: choose among {list(ARMS)}")
+    evaluation = []
+    if options.prompts is not None:
+        evaluation.append(f"evaluation.prompts={options.prompts}")
+    if options.noises is not None:
+        evaluation.append(f"evaluation.noises_per_prompt={options.noises}")
     jobs = []
     for seed in options.seeds:
         for arm in options.arms:
-            overrides = [*options.set, *ARMS[arm], f"name={arm}_{seed}",
+            overrides = [*evaluation, *options.set, *ARMS[arm], f"name={arm}_{seed}",
                          f"folder={options.folder}", f"seed={seed}"]  # fmt: skip
             module = ["megatron_kvpo.train", str(options.recipe), *overrides]
             torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -223,6 +228,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, default=Path("examples/shapes/demo.yaml"))
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--prompts", type=Path, help="to evaluate on; default: the recipe's")
+    parser.add_argument("--noises", type=int, help="per prompt; default: the recipe's")
     parser.add_argument("--seeds", type=_numbers, default=[1, 2, 3], help="comma-separated")
     parser.add_argument("--arms", type=lambda text: text.split(","), default=list(ARMS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
