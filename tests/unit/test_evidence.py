@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -79,6 +80,15 @@ def test_every_arm_and_seed_is_planned_with_its_overrides(recipe):
     assert (
         load_config(found["lr0"].command[3], list(found["lr0"].command[4:])) == found["lr0"].config
     )
+
+
+def test_every_arm_is_evaluated_on_the_prompts_that_were_asked_for(recipe):
+    asked = ("--prompts", "other.jsonl", "--noises", "3")
+    for job in evidence.plan_jobs(options(recipe, *asked)):
+        assert job.config.evaluation.prompts == Path("other.jsonl")
+        assert job.config.evaluation.noises_per_prompt == 3
+    own = evidence.plan_jobs(options(recipe))[0].config.evaluation
+    assert own.prompts != Path("other.jsonl")
 
 
 def test_several_ranks_go_through_torchrun(recipe):
