@@ -15,6 +15,7 @@ from megatron_kvpo.method_config import (
     CodecConfig,
     EnergyConfig,
     LossConfig,
+    MemoryConfig,
     ModelConfig,
     RoutingConfig,
     StreamConfig,
@@ -23,7 +24,7 @@ from megatron_kvpo.method_config import (
 
 __all__ = [
     "AdvantageConfig", "AlarmsConfig", "CheckpointConfig", "CodecConfig", "DataConfig",
-    "EnergyConfig", "EvaluationConfig", "LogConfig", "LossConfig", "ModelConfig",
+    "EnergyConfig", "EvaluationConfig", "LogConfig", "LossConfig", "MemoryConfig", "ModelConfig",
     "OptimizerConfig", "ParallelConfig", "PolicyConfig", "RewardConfig", "RoutingConfig",
     "RunConfig", "StreamConfig", "load_config",
 ]  # fmt: skip
@@ -197,6 +198,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     energy: EnergyConfig = field(default_factory=EnergyConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)

@@ -168,6 +168,34 @@ class StreamConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryConfig:
+    """MemFlow's memory: a bank of old frames chosen by the text, and sparse attention to it."""
+
+    bank_frames: int = 0
+    """Frames in the bank, seen besides sink and recent ones. 0 (LongLive): no bank; MemFlow: 3."""
+
+    stage_blocks: int = 3
+    """The first frame of every such block is staged for the bank, from block 0 on."""
+
+    sparse: bool = False
+    """Each head attends to its `sparse_frames` best sink and bank frames only (SMA)."""
+
+    sparse_frames: int = 3
+
+    reference_quirks: bool = True
+    """Commit a staged frame at each of the three blocks after its staging, and in a re-cache, and
+    rank with a zero text query around a switch, as the released weights were trained. False:
+    commit once, at the next block, with the prompt's own keys."""
+
+    def __post_init__(self) -> None:
+        check_positive("memory", stage_blocks=self.stage_blocks, sparse_frames=self.sparse_frames)
+        if self.bank_frames < 0:
+            raise ValueError(f"memory.bank_frames is {self.bank_frames}: it must not be negative")
+        if self.sparse and not self.bank_frames:
+            raise ValueError("memory.sparse chooses among bank frames: set memory.bank_frames too")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RoutingConfig:
     """How the branches of a group come to differ."""
 
