@@ -192,6 +192,7 @@ def write_prompts(
     seed: int,
     *,
     num_latent_frames: int = 21,
+    min_segments: int = 1,
     exclude: Collection[str] = frozenset(),
 ) -> list[str]:
     """Write `count` distinct prompts without videos; returns their `prompt_text`s.
@@ -203,6 +204,7 @@ def write_prompts(
         count: prompts.
         seed: the prompts are a function of it (and of `exclude`).
         num_latent_frames: length of the videos that the prompts are for.
+        min_segments: leave out prompts of fewer segments; 2 keeps those that switch.
         exclude: `prompt_text`s that may not occur, those of the training prompts for example.
 
     Raises:
@@ -216,7 +218,7 @@ def write_prompts(
         scene, switches = draw_scene(seed, index, num_latent_frames)
         segments = scene.captions
         text = prompt_text(segments)
-        if text not in exclude and text not in rows:
+        if len(segments) >= min_segments and text not in exclude and text not in rows:
             rows[text] = {"segments": segments, "switch_frames": list(switches)}
         if len(rows) == count:
             break

@@ -152,3 +152,13 @@ def test_held_out_prompts_are_none_of_the_excluded_ones(tmp_path: Path) -> None:
 def test_seeds_never_share_a_scene() -> None:
     scenes = [draw_scene(seed, index, 6)[0] for seed in range(8) for index in range(8)]
     assert len(set(scenes)) == len(scenes)
+
+
+def test_prompts_can_be_asked_for_that_switch(tmp_path: Path) -> None:
+    write_prompts(tmp_path / "switching.jsonl", 40, seed=3, min_segments=2)
+    switching = lines(tmp_path / "switching.jsonl")
+    assert {len(row["segments"]) for row in switching} == {2, 3}
+    assert all(len(row["switch_frames"]) == len(row["segments"]) - 1 for row in switching)
+    write_prompts(tmp_path / "any.jsonl", 80, seed=3)
+    expected = [row for row in lines(tmp_path / "any.jsonl") if len(row["segments"]) > 1]
+    assert switching[: len(expected)] == expected[:40]
