@@ -18,6 +18,8 @@ RUNTIME = [
     "pillow",
     "packaging",  # megatron-core imports it
     "peft>=0.17",
+    "transformers>=4.57",
+    "diffusers>=0.35",
     "safetensors",
     "pyyaml",
     "nvidia-dali-cuda130>=2.0",  # decodes on a CPU too, and needs no CUDA there
@@ -28,7 +30,7 @@ RUNTIME = [
 ]
 EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9"],
-    "reward": ["transformers>=4.57", "diffusers>=0.35", "accelerate"],
+    "reward": ["accelerate"],
     "dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy>=1.11", "types-PyYAML", "scipy"],
 }
 

@@ -6,9 +6,13 @@ differs, the docstring says which value repeats it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from megatron_kvpo.settings import WithPresets
 
 
 def check_positive(section: str, **values: float) -> None:
@@ -18,9 +22,24 @@ def check_positive(section: str, **values: float) -> None:
             raise ValueError(f"{section}.{name} is {value}: it must be above 0")
 
 
+BACKBONES: Mapping[str, Mapping[str, int]] = MappingProxyType({
+    "wan2.1_1.3b": {"hidden_dim": 1536, "ffn_dim": 8960, "num_layers": 30, "num_heads": 12},
+    "wan2.1_14b": {"hidden_dim": 5120, "ffn_dim": 13824, "num_layers": 40, "num_heads": 40},
+})  # fmt: skip
+"""Sizes of the released transformers; what they do not name is the same in both."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(WithPresets):
     """The causal Wan transformer."""
+
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = BACKBONES
+    preset: str | None = None
+    """`wan2.1_1.3b` or `wan2.1_14b`: sizes to start from. Keys given beside it win."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the base's weights, activations and pages. What trains is float32 whatever it is, and so
+    are norms, rotation angles and the time embedding's sines."""
 
     hidden_dim: int = 1536
     ffn_dim: int = 8960

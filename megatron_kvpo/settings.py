@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -18,8 +19,27 @@ _TYPE_NAMES = {
 }  # fmt: skip
 
 
+class WithPresets:
+    """A config whose key `preset` names a set of values; keys given beside it win."""
+
+    __slots__ = ()
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+
+    @classmethod
+    def expand(cls, values: dict[str, Any], where: str) -> dict[str, Any]:
+        """Values with those of their preset filled in. ValueError for an unknown one."""
+        name = values.get("preset")
+        if name is None:
+            return values
+        if name not in cls.presets:
+            raise ValueError(f"{where}preset is {name!r}: choose one of {list(cls.presets)}")
+        return {**cls.presets[name], **values}
+
+
 def from_mapping(cls: type[T], values: dict[str, Any], where: str = "") -> T:
     """Build a config from parsed YAML. ValueError for a key no field bears or a wrong type."""
+    if issubclass(cls, WithPresets):
+        values = cls.expand(values, where)
     hints = typing.get_type_hints(cls)
     known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     built: dict[str, Any] = {}

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from megatron_kvpo import settings
-from megatron_kvpo.config import RunConfig, load_config
+from megatron_kvpo.config import ModelConfig, RunConfig, load_config
+from megatron_kvpo.method_config import BACKBONES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,3 +185,27 @@ def test_a_dump_names_every_setting(tmp_path: Path):
     assert values["optimizer"]["warmup_updates"] == 5
     assert values["model"]["weights"] is None
     assert values["stream"]["steps"] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_a_preset_fills_in_sizes_and_keys_beside_it_win(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {preset: wan2.1_14b, num_layers: 2}\n")
+    model = load_config(recipe).model
+    assert (model.hidden_dim, model.ffn_dim, model.num_heads) == (5120, 13824, 40)
+    assert model.num_layers == 2
+    assert load_config(recipe, ["model.preset=wan2.1_1.3b"]).model.hidden_dim == 1536
+    settings.dump(load_config(recipe), tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == load_config(recipe)
+
+
+def test_an_unknown_preset_is_named_with_the_known_ones(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {preset: wan2.1_13b}\n")
+    with pytest.raises(ValueError, match=r"model.preset is 'wan2.1_13b'.*wan2.1_1.3b"):
+        load_config(recipe)
+
+
+def test_the_default_sizes_are_those_of_the_smaller_backbone():
+    default = ModelConfig()
+    for name, value in BACKBONES["wan2.1_1.3b"].items():
+        assert settings.to_mapping(default)[name] == value
