@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_kvpo.model.lora import mark_sharded
+from megatron_kvpo.model.memory_bank import choose_frames
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.model.rope import rotate
 from megatron_kvpo.model.specs import Spec
@@ -68,7 +69,7 @@ class SelfAttention(_Attention):
         query, key, value = (tokens_to_heads(x, self._spec) for x in (query, key, value))
         key, value = key.transpose(0, 1), value.transpose(0, 1)
         if pages is not None:
-            key, value = _with_cache(key, value, layer, pages)
+            key, value = _with_cache(query, key, value, layer, pages)
         out_LBAE = attend(query, key, value, mask_LM)
         return self.o(heads_to_tokens(out_LBAE, self._spec).flatten(-2))  # type: ignore[no-any-return]
 
@@ -88,16 +89,20 @@ class CrossAttention(_Attention):
 
 
 def _with_cache(
-    key_BLAE: Tensor, value_BLAE: Tensor, layer: int, pages: PassPages
+    query_LBAE: Tensor, key_BLAE: Tensor, value_BLAE: Tensor, layer: int, pages: PassPages
 ) -> tuple[Tensor, Tensor]:
     """Leave this pass's keys and values in its pages; return all those that it sees."""
     if pages.write_BF is not None:
         pages.pool.write(layer, pages.write_BF, key_BLAE, value_BLAE)
-    hidden = pages.own_from * pages.pool.key.shape[2]
+    tokens = pages.pool.key.shape[2]
+    hidden = pages.own_from * tokens
     key_BLAE, value_BLAE = key_BLAE[:, hidden:], value_BLAE[:, hidden:]
     if pages.read_BM.shape[1] == 0:
         return key_BLAE, value_BLAE
-    cached_key, cached_value = pages.pool.read(layer, pages.read_BM)
+    cached = pages.pool.read(layer, pages.read_BM)
+    if 0 < pages.num_chosen < pages.num_memory:
+        cached = choose_frames(query_LBAE, cached, pages.num_memory, pages.num_chosen, tokens)
+    cached_key, cached_value = cached
     return torch.cat([cached_key, key_BLAE], dim=1), torch.cat([cached_value, value_BLAE], dim=1)
 
 

@@ -70,6 +70,17 @@ class PagePool:
         self.key[layer].index_copy_(0, flat, key_BLAE.detach().reshape(shape))
         self.value[layer].index_copy_(0, flat, value_BLAE.detach().reshape(shape))
 
+    def copy(self, layer: int, source_BF: Tensor, target_BF: Tensor) -> None:
+        """Copy one layer of pages onto others. No page is both source and target."""
+        source, target = source_BF.reshape(-1), target_BF.reshape(-1)
+        for held in (self.key, self.value):
+            held[layer].index_copy_(0, target, held[layer].index_select(0, source))
+
+    def mean_keys(self, layer: int, pages_BM: Tensor) -> Tensor:
+        """Mean of each page's keys over its tokens, in float32: [B, M] -> [B, M, A, E]."""
+        keys = self.key[layer].index_select(0, pages_BM.reshape(-1))
+        return keys.mean(dim=1, dtype=torch.float32).view(*pages_BM.shape, *self.key.shape[3:])
+
 
 class PageTable:
     """One stream's frames. Frames not in it have left the cache."""
@@ -123,3 +134,9 @@ class PassPages:
 
     own_from: int = 0
     """Own frames before this one are queries only (a re-cache sees just the window's)."""
+
+    num_memory: int = 0
+    """Leading columns of read_BM that are memory: sink and bank."""
+
+    num_chosen: int = 0
+    """Memory frames that each head attends to, its best ones (SMA). 0: all."""

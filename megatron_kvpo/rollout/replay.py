@@ -71,7 +71,7 @@ def replay(
     with torch.set_grad_enabled(grad):
         text = encode_for_rows(world.model, encode, group.prompt, plan.fork_frame, len(index))
         stream = sampled.prefix.fork(len(index), text)
-        kept = []  # recomputation in backward reads pages again: none may be rewritten till then
+        kept: list[Stream] = []
         for block in range(plan.num_blocks):
             if block and stream.frame in group.prompt.switch_frames:
                 text = encode_for_rows(world.model, encode, group.prompt, stream.frame, len(index))
@@ -79,8 +79,9 @@ def replay(
             state_BTFCHW = recorded.state_NPTFCHW[index, block]
             last = block + 1 == plan.num_blocks
             predict = config.replay_context == "self" and not last
-            kept += [table.fork() for table in stream.tables if grad]
             velocity_T, predicted = _replay_block(stream, state_BTFCHW, config, grad, predict)
+            if grad:  # backward's recomputation reads pages again: none may be rewritten till then
+                kept.append(stream.hold())
             taken_BTFCHW = recorded.velocity_NPTFCHW[index, block]
             energy_B = energy_B + _distance(velocity_T, taken_BTFCHW, world, config)
             if reference_BPTFCHW is not None:
@@ -93,8 +94,8 @@ def replay(
                 clean = predicted if predict else latent_BFCHW[:, stream.frame : stop]
                 context = context_state(clean, world.stream, noises.key(stream.frame))
                 stream.commit(context, sigma=world.stream.context_noise)
-        for table in (*kept, *stream.tables):
-            table.release()
+        for held in (*kept, stream):
+            held.release()
     kept_BPTFCHW = torch.stack(velocities, dim=1) if keep else None
     return Replay(energy_B=energy_B, drift_B=drift_B, velocity_BPTFCHW=kept_BPTFCHW)
 

@@ -134,6 +134,5 @@ def _switch(
         (key.index_copy(0, index, new_key), value.index_copy(0, index, new_value))
         for (key, value), (new_key, new_value) in zip(whole, changed.layers, strict=True)
     )
-    part = Stream(stream.world, [stream.tables[i] for i in rows], changed, stream.frame)
-    part.recache(changed, latent_BFCHW[index])
+    stream.part(rows, changed).recache(changed, latent_BFCHW[index])
     stream.text = TextKeys(merged)

@@ -1,22 +1,26 @@
 """Rows of video that stream together: what a block sees, the clean pass, re-cache, fork.
 
 All rows of a `Stream` stand at the same latent frame, so they run as one batch. A row is a page
-table; rows of one group share their prefix's pages.
+table and, for MemFlow, a memory bank; rows of one group share their prefix's pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from megatron_kvpo.config import RoutingConfig, StreamConfig
+from megatron_kvpo.config import MemoryConfig, RoutingConfig, StreamConfig
 from megatron_kvpo.flow import timestep
 from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
+from megatron_kvpo.model.memory_bank import MemoryBank, commit
 from megatron_kvpo.model.pages import PagePool, PageTable, PassPages
 from megatron_kvpo.routing import plain_context, routed_context
+
+NO_BANK = MemoryConfig(bank_frames=0)
+"""LongLive: sink and recent frames are all that a block sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,22 +31,32 @@ class World:
     pool: PagePool
     stream: StreamConfig
     routing: RoutingConfig
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
 
-def new_world(model: CausalWan, stream: StreamConfig, routing: RoutingConfig, rows: int) -> World:
-    """A world whose pool holds `rows` private streams, each with a block in flight."""
+def new_world(
+    model: CausalWan, stream: StreamConfig, routing: RoutingConfig, rows: int,
+    memory: MemoryConfig = NO_BANK,
+) -> World:  # fmt: skip
+    """A world whose pool holds `rows` private streams, each with a block in flight.
+
+    With a bank each also has its slots, a staged frame and, while it commits, the slots to come.
+    """
     frames = min(stream.resident_frames, stream.num_frames) + stream.block_frames
-    return World(model, model.new_pool(rows * frames), stream, routing)
+    pages = rows * (frames + 2 * memory.bank_frames)
+    return World(model, model.new_pool(pages), stream, routing, memory)
 
 
 class Stream:
     """Some rows at one latent frame."""
 
     def __init__(
-        self, world: World, tables: list[PageTable], text: TextKeys, frame: int = 0
-    ) -> None:
-        """`text` holds one text a row."""
+        self, world: World, tables: list[PageTable], text: TextKeys, frame: int = 0,
+        banks: list[MemoryBank] | None = None,
+    ) -> None:  # fmt: skip
+        """`text` holds one text a row; `banks` one bank a row, None for empty ones."""
         self.world, self.tables, self.text, self.frame = world, tables, text, frame
+        self.banks = [MemoryBank(world.pool) for _ in tables] if banks is None else banks
 
     @staticmethod
     def begin(world: World, num_rows: int, text: TextKeys) -> Stream:
@@ -54,17 +68,34 @@ class Stream:
         if len(self.tables) != 1:
             raise ValueError(f"only a stream of 1 row forks, this one has {len(self.tables)}")
         tables = [self.tables[0].fork() for _ in range(copies)]
-        return Stream(self.world, tables, text, self.frame)
+        banks = [self.banks[0].fork() for _ in range(copies)]
+        return Stream(self.world, tables, text, self.frame, banks)
+
+    def hold(self) -> Stream:
+        """The same rows once more: no page that they have is rewritten until this is released."""
+        tables, banks = [t.fork() for t in self.tables], [bank.fork() for bank in self.banks]
+        return Stream(self.world, tables, self.text, self.frame, banks)
+
+    def part(self, rows: Sequence[int], text: TextKeys) -> Stream:
+        """Some of the rows themselves, under texts of their own. Not to be released."""
+        tables, banks = [self.tables[i] for i in rows], [self.banks[i] for i in rows]
+        return Stream(self.world, tables, text, self.frame, banks)
 
     def release(self) -> None:
         """Give all pages back."""
         for table in self.tables:
             table.release()
+        for bank in self.banks:
+            bank.release()
 
     def velocity(
         self, state_BFCHW: Tensor, sigma: float, routed_B: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
-        """The model's velocity of the next block at noise level sigma; leaves nothing behind."""
+        """The model's velocity of the next block at noise level sigma; writes no keys or values.
+
+        A block's first pass lets the staged frame into the bank, if it is due.
+        """
+        self._remember()
         return self._pass(state_BFCHW, sigma, self._context(routed_B), None)
 
     @torch.no_grad()
@@ -73,10 +104,12 @@ class Stream:
         sigma: float = 0.0,
     ) -> None:  # fmt: skip
         """Fill the cache with the finished block (at `sigma` 0: the clean pass) and move on."""
+        self._remember()
         context = self._context(routed_B)
         block = range(self.frame, self.frame + clean_BFCHW.shape[1])
         own = [[table.renew(frame) for frame in block] for table in self.tables]
         self._pass(clean_BFCHW, sigma, context, own)
+        self._stage(block)
         self.frame = block.stop
         self._evict()
 
@@ -84,34 +117,78 @@ class Stream:
     def recache(self, text: TextKeys, latent_BFCHW: Tensor) -> None:
         """Switch to a new text and rewrite the last window of frames under it.
 
-        All of them see the sink as cached and the fresh keys of the newest window - sink frames,
-        without causal mask; older ones are queries only. The sink is not rewritten.
+        All of them see the sink as cached, the bank, and the fresh keys of the newest window - sink
+        frames, without causal mask; older ones are queries only. Sink and bank are not rewritten.
 
         Args:
             text: one text a row.
             latent_BFCHW: finished latents of all frames so far, from frame 0.
         """
         self.text = text
+        if self.world.memory.reference_quirks and self.banks[0].staged is not None:
+            for bank in self.banks:
+                bank.new_text = True
+            self._commit_staged()
         stream = self.world.stream
         first = max(stream.sink_frames, self.frame - stream.window_frames)
         seen_from = max(first, self.frame - stream.window_frames + stream.sink_frames)
         if self.frame <= stream.sink_frames:
             return
         sink = [table.lookup(range(stream.sink_frames)) for table in self.tables]
+        context = self._with_bank(sink)
         frames = range(first, self.frame)
         own = [[table.renew(frame) for frame in frames] for table in self.tables]
-        self._run(latent_BFCHW[:, first:], 0.0, frames, sink, own, own_from=seen_from - first)
+        self._run(latent_BFCHW[:, first:], 0.0, frames, context, own, own_from=seen_from - first)
 
     def _context(self, routed_B: Sequence[Sequence[int]] | None) -> list[list[int]]:
         """Pages that each row's next block sees."""
         stream, plain = self.world.stream, plain_context(self.frame, self.world.stream)
         if routed_B is None:
-            return [table.lookup(plain) for table in self.tables]
+            return self._with_bank([table.lookup(plain) for table in self.tables])
         seen = (
             routed_context(self.frame, routed, stream, self.world.routing) if routed else plain
             for routed in routed_B
         )
-        return [table.lookup(f) for table, f in zip(self.tables, seen, strict=True)]
+        return self._with_bank([t.lookup(f) for t, f in zip(self.tables, seen, strict=True)])
+
+    @property
+    def _num_sink(self) -> int:
+        """Sink frames that exist; the first of whatever a pass reads."""
+        return min(self.world.stream.sink_frames, self.frame)
+
+    def _with_bank(self, context: list[list[int]]) -> list[list[int]]:
+        """Each row's pages with those of its bank behind the sink's, twice seen or not."""
+        sink = self._num_sink
+        return [
+            [*row[:sink], *bank.slots, *row[sink:]]
+            for row, bank in zip(context, self.banks, strict=True)
+        ]
+
+    def _remember(self) -> None:
+        """Before a block's first pass, whichever it is: let in the staged frames that are due."""
+        if any(bank.due for bank in self.banks):  # rows at one frame stage alike: then all are
+            self._commit_staged()
+            for bank in self.banks:
+                bank.due = bank.new_text = False
+
+    def _commit_staged(self) -> None:
+        world = self.world
+        size, ranks = world.memory.bank_frames, world.model.spec.ranks
+        commit(self.banks, size, self.text.layers, world.pool, ranks)
+
+    def _stage(self, block: range) -> None:
+        """After a clean pass: every `stage_blocks` blocks the first frame waits for the bank.
+
+        The reference then commits it at each block until the next one waits.
+        """
+        memory = self.world.memory
+        if not memory.bank_frames:
+            return
+        staged = block.start % (memory.stage_blocks * self.world.stream.block_frames) == 0
+        for table, bank in zip(self.tables, self.banks, strict=True):
+            if staged:
+                bank.stage(table.pages[block.start])
+            bank.due = staged or memory.reference_quirks
 
     def _pass(
         self, latent_BFCHW: Tensor, sigma: float, context: list[list[int]],
@@ -130,6 +207,8 @@ class Stream:
             torch.tensor(context, dtype=torch.long, device=device).view(len(self.tables), -1),
             None if own is None else torch.tensor(own, dtype=torch.long, device=device),
             own_from,
+            num_memory=self._num_sink + len(self.banks[0].slots),
+            num_chosen=self.world.memory.sparse_frames if self.world.memory.sparse else 0,
         )
         time_B1 = torch.full((len(self.tables), 1), timestep(sigma), device=device)
         return self.world.model(latent_BFCHW, time_B1, frames, self.text, pages)  # type: ignore[no-any-return]

@@ -73,7 +73,7 @@ class Run:
         num_groups = config.policy.groups_per_update // ranks.data.size
         rows = num_groups + 2 * (config.routing.num_branches + 1)
         world = new_world(policy.model, config.stream, config.routing,
-                          max(rows, config.policy.max_rows))  # fmt: skip
+                          max(rows, config.policy.max_rows), config.memory)  # fmt: skip
         scorer = Scorer(config.reward, config.stream, codec.decode_pixels)
         stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)
         stages = Stages(config, ranks, policy, world, encode, scorer, stream)

@@ -1,13 +1,13 @@
-"""The golden LongLive runs hold for a model whose heads or tokens are shared between ranks."""
+"""The golden runs hold for a model whose heads or tokens are shared between ranks."""
 
 from __future__ import annotations
 
 import pytest
 
 from megatron_kvpo.config import ParallelConfig
-from megatron_kvpo.parallel.groups import start_ranks, stop_ranks
-from tests.golden.longlive import Golden
+from tests.golden import test_longlive, test_memflow
 from tests.ranks import on_ranks
+from tools.golden import replay_file
 
 LIMIT = 2e-5
 """Over the largest value of each tensor, as for one rank. Seen: 6e-7."""
@@ -18,24 +18,26 @@ LAYOUTS = {
     "context": ParallelConfig(context=2, timeout_s=200),
 }
 
+RUNS = {
+    test_longlive.FILE: {"stream", "switch", "late_switch", "route", "replay"},
+    test_memflow.FILE: {"stream", "bank"},
+}
 
-def _errors(rank: int) -> dict[str, dict[str, float]]:
-    """Largest error of each golden run under each layout."""
-    found = {}
-    for name, parallel in LAYOUTS.items():
-        golden = Golden(parallel, start_ranks(parallel, "cpu"))
-        golden.run_stream("stream", None)
-        golden.run_stream("switch", golden.sizes["switch_frame"])
-        golden.run_stream("late_switch", golden.sizes["late_switch_frame"])
-        golden.run_route_and_replay()
-        found[name] = golden.errors
-        stop_ranks()
-    return found
+
+def _errors(rank: int) -> dict[tuple[str, str], dict[str, float]]:
+    """Largest error of each run of each golden file under each layout."""
+    return {
+        (file.name, name): replay_file(file, parallel).errors
+        for file in RUNS
+        for name, parallel in LAYOUTS.items()
+    }
 
 
 @pytest.mark.gloo
 def test_the_golden_runs_hold_over_two_ranks(tmp_path):
     for rank in on_ranks(2, _errors, folder=tmp_path, limit_s=240):
-        for name, errors in rank.items():
-            assert errors.keys() >= {"stream", "switch", "late_switch", "route", "replay"}
-            assert max(errors.values()) < LIMIT, f"{name}: {errors}"
+        for file, runs in RUNS.items():
+            for name in LAYOUTS:
+                errors = rank[file.name, name]
+                assert errors.keys() >= runs
+                assert max(errors.values()) < LIMIT, f"{file.name}, {name}: {errors}"

@@ -202,7 +202,8 @@ def build(ranks: Ranks, *overrides: str) -> Small:
         for slot in ("old", "reference", "ema"):
             policy.bank.copy("current", slot)
     routing, model = settings_.routing, settings_.model
-    world = new_world(policy.model, settings_.stream, routing, 2 * routing.num_branches + 4)
+    rows = 2 * routing.num_branches + 4
+    world = new_world(policy.model, settings_.stream, routing, rows, settings_.memory)
     encode = WordEncoder(model.text_dim, model.text_length).encode
     prompts = PromptStream(PROMPTS, settings_.seed, settings_.policy.groups_per_update)
     stages = Stages(settings_, ranks, policy, world, encode, LatentScorer(), prompts)  # type: ignore[arg-type]

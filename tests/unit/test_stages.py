@@ -352,3 +352,16 @@ def test_exploration_by_noise_trains(ranks):
     assert (done.ratio_PG == 1).all()
     assert done.norm > 0
     assert not same(weights_of(tiny, "current"), before)
+
+
+def test_with_a_bank_the_two_passes_still_give_the_gradient_of_the_whole_loss(ranks):
+    """MemFlow's bank is read in rollout, in every replay and in the backward replay alike."""
+    tiny = apart(small.build(ranks, "memory.bank_frames=2", "memory.stage_blocks=2"))
+    groups = tiny.stages.explore(0)
+    assert not tiny.stages.energies(0, groups, "old").anchor_P.any()
+    advantage_PG, scale_P, weight_PG = numbers(tiny, groups)
+    ours = sent_backward(tiny, (tiny.stages, groups, weight_PG))
+    assert_close(ours, whole_gradient(tiny, groups, advantage_PG, scale_P))
+    for sampled in groups:
+        sampled.release()
+    assert tiny.world.pool.num_free == tiny.num_pages
