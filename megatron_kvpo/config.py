@@ -214,6 +214,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_positive("run", num_updates=self.num_updates)
+        if self.model.dtype != "float32" and self.policy.mode == "full":
+            raise ValueError(
+                f"model.dtype is {self.model.dtype} and policy.mode full: weights that train are "
+                "float32. Train an adapter (policy.mode lora) or set model.dtype to float32"
+            )
         if self.energy.grad_steps > len(self.stream.steps):
             raise ValueError(
                 f"energy.grad_steps {self.energy.grad_steps} exceeds the "

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from megatron_kvpo.settings import WithPresets
 
 
@@ -84,6 +86,11 @@ class ModelConfig(WithPresets):
                 f"a latent frame of {self.latent_height} x {self.latent_width} does not divide "
                 f"into patches of {self.patch[1]} x {self.patch[2]}"
             )
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch names it."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     @property
     def tokens_per_frame(self) -> int:

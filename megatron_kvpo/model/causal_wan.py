@@ -67,6 +67,9 @@ class CausalWan(nn.Module):
         grid = config.latent_height // config.patch[1], config.latent_width // config.patch[2]
         self._rotary = Rotary(config.head_dim, grid, config.max_frames)
         self.to(device)
+        for name, parameter in self.named_parameters():
+            if ".adapter." not in name:  # what trains stays float32
+                parameter.data = parameter.data.to(config.torch_dtype)
 
     def new_pool(self, num_pages: int) -> PagePool:
         """A pool of pages for this rank's heads."""
@@ -76,11 +79,13 @@ class CausalWan(nn.Module):
             tokens_per_frame=self.model_config.tokens_per_frame,
             num_heads=self.model_config.num_heads // ranks.tensor.size // ranks.context.size,
             head_dim=self.model_config.head_dim, device=ranks.device,
+            dtype=self.model_config.torch_dtype,
         )  # fmt: skip
 
     def encode_text(self, text_BXD: Tensor) -> TextKeys:
         """Keys and values of text embeddings [B, X, text_dim], with gradient if enabled."""
-        hidden_XBD = self.spec.split_tokens(self.text_embedding(text_BXD.transpose(0, 1)))
+        text_XBD = text_BXD.transpose(0, 1).to(self.model_config.torch_dtype)
+        hidden_XBD = self.spec.split_tokens(self.text_embedding(text_XBD))
         return TextKeys(tuple(block.cross_attn.encode(hidden_XBD) for block in self.blocks))  # type: ignore[operator, union-attr]
 
     def forward(
@@ -98,13 +103,12 @@ class CausalWan(nn.Module):
             mask_LM: True where a token may attend to a token of the same pass.
 
         Returns:
-            velocity_BFCHW, whole on every tensor and context rank.
+            velocity_BFCHW, float32, whole on every tensor and context rank.
         """
         rotary, share = self._rotary.table(frames, latent_BFCHW.device), self._context_share(frames)
         hidden_LBD = self._embed(latent_BFCHW)[share]
-        time_FBD = self.time_embedding(
-            sinusoid(timestep_BF.transpose(0, 1), self.model_config.sinusoid_dim)
-        )
+        sine_FBD = sinusoid(timestep_BF.transpose(0, 1), self.model_config.sinusoid_dim)
+        time_FBD = self.time_embedding(sine_FBD.to(self.model_config.torch_dtype))
         steps_FB6D = self.time_projection(time_FBD)
         hidden_LBD = self.spec.split_tokens(hidden_LBD)
         time_LBD, steps_LB6D = (
@@ -118,11 +122,11 @@ class CausalWan(nn.Module):
                 hidden_LBD = block(*arguments)
         out_LBC = self.spec.gather_tokens(self.head(hidden_LBD, time_LBD))
         out_LBC = self.spec.gather_context(out_LBC)
-        return unpatchify(out_LBC, self.model_config.patch, self.model_config.frame_shape)
+        return unpatchify(out_LBC.float(), self.model_config.patch, self.model_config.frame_shape)
 
     def _embed(self, latent_BFCHW: Tensor) -> Tensor:
         weight = self.patch_embedding.weight.flatten(1)
-        patches_LBC = patchify(latent_BFCHW, self.model_config.patch)
+        patches_LBC = patchify(latent_BFCHW.to(weight.dtype), self.model_config.patch)
         return nn.functional.linear(patches_LBC, weight, self.patch_embedding.bias)
 
     def _context_share(self, frames: Sequence[int]) -> slice:

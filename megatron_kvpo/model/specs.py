@@ -19,7 +19,7 @@ from megatron_kvpo.parallel.groups import Ranks
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """What Megatron's layers and optimizer need to know of the model. float32."""
+    """What Megatron's layers and optimizer need to know of the model."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_dim,
@@ -28,6 +28,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
+        params_dtype=model.torch_dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
         hidden_dropout=0.0,
@@ -172,10 +173,10 @@ class _Adapted(nn.Module):
         slot = self._switch.slot
         if self.adapter is None or slot is None:
             return out  # type: ignore[no-any-return]
-        down = nn.functional.linear(x, self.adapter.lora_A[slot])
+        down = nn.functional.linear(x, self.adapter.lora_A[slot].to(x.dtype))
         if self._axis.size > 1:
             down = self.share(down)
-        up = nn.functional.linear(down, self.adapter.lora_B[slot])
+        up = nn.functional.linear(down, self.adapter.lora_B[slot].to(x.dtype))
         return torch.add(out, up, alpha=self.adapter.scale)
 
     def share(self, down_LBR: Tensor) -> Tensor:
