@@ -89,7 +89,8 @@ class PolicyConfig:
     lora_rank: int = 256
     lora_alpha: float = 256.0
     adapter: Path | None = None
-    """PEFT adapter folder to continue; None starts at the base."""
+    """Adapter to continue: a PEFT folder, a lora.pt, a LoRA file or a run's checkpoint. It is the
+    reference too. None starts at the base."""
 
     rollouts_per_policy_sync: int = 2
     """Updates between copies of the current policy into the one that samples."""
@@ -102,6 +103,11 @@ class PolicyConfig:
     replay go as one batch."""
 
     def __post_init__(self) -> None:
+        if self.adapter is not None and self.mode == "full":
+            raise ValueError(
+                f"policy.adapter is {self.adapter} and policy.mode full: merge it first "
+                "(tools/convert_checkpoint.py export --to merged) or train with policy.mode lora"
+            )
         check_positive("policy", lora_rank=self.lora_rank, groups_per_update=self.groups_per_update,
                   rollouts_per_policy_sync=self.rollouts_per_policy_sync,
                   max_rows=self.max_rows)  # fmt: skip

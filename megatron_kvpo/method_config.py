@@ -63,7 +63,7 @@ class ModelConfig(WithPresets):
     """Latent frames the rotary table reaches."""
 
     weights: Path | None = None
-    """safetensors in the original Wan key format; None initialises at random."""
+    """Any form that tools/convert_checkpoint.py reads; None initialises at random."""
 
     recompute: bool = False
     """Recompute each block's activations in backward."""

@@ -170,7 +170,7 @@ def load(path: Path, tree: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         ValueError: there is no whole checkpoint at `path`, it lacks a tensor of `tree`, or a file
             of it cannot be read.
     """
-    _check_whole(path)
+    check_whole(path)
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
@@ -196,7 +196,8 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _check_whole(path: Path) -> None:
+def check_whole(path: Path) -> None:
+    """ValueError unless `path` is a checkpoint written to its end."""
     if not path.is_dir():
         raise ValueError(
             f"no checkpoint folder at {path}: give one named step_<number>, or set "

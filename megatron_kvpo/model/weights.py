@@ -16,8 +16,14 @@ from megatron_kvpo.model.lora import SLOTS, Adapter, initial_bound, partition_of
 from megatron_kvpo.parallel.groups import Axis
 from megatron_kvpo.parallel.seeds import generator
 
-PREFIXES = ("generator.", "generator_ema.", "model.", "_fsdp_wrapped_module.")
+PREFIXES = (
+    "generator.", "generator_ema.", "model.", "module.", "base_model.", "diffusion_model.",
+    "transformer.",
+)  # fmt: skip
 """Wrappers' names that released files carry before the model's own."""
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "base_layer.")
+"""Names of wrapped modules: they stand anywhere in a name."""
 
 
 def local_part(whole: Tensor, parameter: Tensor, axis: Axis) -> Tensor:
@@ -41,7 +47,8 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((n, p) for n, p in model.named_parameters() if ".adapter." not in n)
 
 
-def _whole_shape(parameter: Tensor, axis: Axis) -> list[int]:
+def whole_shape(parameter: Tensor, axis: Axis) -> list[int]:
+    """Shape of the whole weight that `parameter` is this tensor rank's slice of."""
     shape, dim = list(parameter.shape), partition_of(parameter)
     if dim is not None:
         shape[dim] *= axis.size
@@ -57,7 +64,7 @@ def initialise(model: CausalWan, seed: int) -> None:
     """
     axis = model.spec.ranks.tensor
     for name, parameter in base_parameters(model):
-        shape, rng = _whole_shape(parameter, axis), generator("initialise", seed, name)
+        shape, rng = whole_shape(parameter, axis), generator("initialise", seed, name)
         whole = torch.zeros(shape)
         if "norm" in name and name.endswith("weight"):
             whole.fill_(1.0)
@@ -82,7 +89,7 @@ def initialise_adapters(model: CausalWan, seed: int) -> None:
         if not isinstance(module, Adapter):
             continue
         down = module.lora_A["current"]
-        shape = _whole_shape(down, axis)
+        shape = whole_shape(down, axis)
         bound = initial_bound(shape[1])
         whole = torch.empty(shape).uniform_(-bound, bound, generator=generator("lora", seed, name))
         for slot in SLOTS:
@@ -93,20 +100,29 @@ def initialise_adapters(model: CausalWan, seed: int) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file in the released key format, wrappers' prefixes stripped.
 
-    ValueError when the file is missing or is no safetensors file.
+    ValueError when the file is missing or is no safetensors file, or when two of its tensors have
+    the same name without prefixes.
     """
     if not path.is_file():
         raise ValueError(f"no weights at {path}: give model.weights the path of a safetensors file")
     try:
         with safe_open(path, "pt") as file:
-            return {_bare(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored: dict[str, str] = {}
+            for name in file.keys():  # noqa: SIM118
+                other = stored.setdefault(bare_name(name), name)
+                if other != name:
+                    raise ValueError(f"{path}: {other} and {name} are both {bare_name(name)}")
+            return {bare: file.get_tensor(name) for bare, name in stored.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _bare(name: str) -> str:
-    while any(name.startswith(prefix) for prefix in PREFIXES):
-        name = name.split(".", 1)[1]
+def bare_name(name: str) -> str:
+    """A tensor's own name, without those of the wrappers it was saved in."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
     return name
 
 
@@ -122,7 +138,7 @@ def load_weights(model: CausalWan, tensors: Mapping[str, Tensor], source: str) -
             "sizes"
         )
     for name, parameter in own.items():
-        shape = _whole_shape(parameter, axis)
+        shape = whole_shape(parameter, axis)
         if list(tensors[name].shape) != shape:
             raise ValueError(
                 f"{source}: {name} is {list(tensors[name].shape)}, the model needs {shape}"

@@ -9,17 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_kvpo.checkpoint.adapters import load_adapter
+from megatron_kvpo.checkpoint.convert import load_base
 from megatron_kvpo.checkpoint.state import shard_parameters
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.lora import AdapterBank, FullBank
 from megatron_kvpo.model.specs import Spec
-from megatron_kvpo.model.weights import (
-    initialise,
-    initialise_adapters,
-    load_weights,
-    read_weights,
-)
+from megatron_kvpo.model.weights import initialise, initialise_adapters
 from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.training.optimizer import Optimizer, build_optimizer
 
@@ -35,16 +32,21 @@ class Policy:
 
     @staticmethod
     def build(config: RunConfig, ranks: Ranks) -> Policy:
-        """Model from config.model.weights (random if None), slots all equal, fresh optimizer."""
+        """Model from config.model.weights (random if None), fresh optimizer, slots all equal.
+
+        They start at config.policy.adapter; without one they act as the base does.
+        """
         spec = Spec.build(config.model, config.parallel, ranks, config.policy)
         model = CausalWan(config.model, spec)
         if config.model.weights is None:
             initialise(model, config.seed)
         else:
-            load_weights(model, read_weights(config.model.weights), str(config.model.weights))
+            load_base(model, config.model.weights)
         bank: AdapterBank | FullBank
         if config.policy.mode == "lora":
             initialise_adapters(model, config.seed)
+            if config.policy.adapter is not None:
+                load_adapter(model, config.policy.adapter)
             bank = AdapterBank(model, spec.switch)
         else:
             bank = FullBank(model)

@@ -13,6 +13,7 @@ import yaml
 
 from megatron_kvpo import settings
 from megatron_kvpo.config import RunConfig, load_config
+from megatron_kvpo.method_config import BACKBONES
 from tests.contract.sources import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "default_config.yaml"
@@ -96,6 +97,9 @@ def test_a_recipe_changes_what_it_writes_and_nothing_else(
 ) -> None:
     reader = reader_of(module, name)
     written = yaml.safe_load(file.read_text()) or {}
+    model = written.get("model", {})
+    if "preset" in model:
+        written["model"] = {**BACKBONES[model["preset"]], **model}
     loaded = settings.to_mapping(settings.load(reader, file))
     assert plain(loaded) == plain(expected(reader(), written))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_kvpo import train as program
 from megatron_kvpo.config import load_config
+from megatron_kvpo.records import Energies
 from megatron_kvpo.reward.shapes import TemporalConsistency
 from megatron_kvpo.training.metrics import read_jsonl
 from megatron_kvpo.training.policy import Policy
@@ -89,7 +90,7 @@ def test_a_setting_that_cannot_be_is_refused_as_it_is_read(recipe, override, sai
         (["reward.weights={temporal_consistency: 0}"], "name no reward to train on"),
         (["data.prompts=/nowhere/p.jsonl"], "no prompt file at /nowhere/p.jsonl"),
         (["evaluation.prompts=/nowhere/e.jsonl"], "no prompt file at /nowhere/e.jsonl"),
-        (["model.weights=/nowhere/w.safetensors"], "no weights at /nowhere/w.safetensors"),
+        (["model.weights=/nowhere/w.safetensors"], "no file at /nowhere/w.safetensors: give the path of a checkpoint"),
         (["codec.weights=/nowhere/c.safetensors"], "no codec at /nowhere/c.safetensors"),
     ],
 )  # fmt: skip
@@ -140,8 +141,8 @@ def test_files_of_something_else_are_refused(recipe, tmp_path):
     text.write_text("not tensors")
     reward = "reward.weights={temporal_consistency: 1}"
     for override, said in (
-        (f"model.weights={codec}", "codec.safetensors does not fit the model: "),
-        (f"model.weights={text}", "text.safetensors is not a readable safetensors file"),
+        (f"model.weights={codec}", "check that it is the right file and the right size of model"),
+        (f"model.weights={text}", "text.safetensors is not a whole safetensors file"),
         (f"codec.weights={model}", "transformer.safetensors is not this codec: "),
         (f"codec.weights={text}", "text.safetensors is not a safetensors file"),
     ):
@@ -181,9 +182,9 @@ def _in_a_reward(poison: _Poison, monkeypatch: pytest.MonkeyPatch) -> None:
 def _in_an_energy(poison: _Poison, monkeypatch: pytest.MonkeyPatch) -> None:
     energies = Stages.energies
 
-    def spoiled(stages: Stages, update: int, groups: Any, slot: str) -> tuple[Tensor, Tensor]:
-        branches, anchors = energies(stages, update, groups, slot)
-        return (poison.of(branches) if slot == "current" else branches), anchors
+    def spoiled(stages: Stages, update: int, groups: Any, slot: str, **more: bool) -> Energies:
+        found = energies(stages, update, groups, slot, **more)
+        return found._replace(branch_PG=poison.of(found.branch_PG)) if slot == "current" else found
 
     monkeypatch.setattr(Stages, "energies", spoiled)
 
@@ -191,10 +192,11 @@ def _in_an_energy(poison: _Poison, monkeypatch: pytest.MonkeyPatch) -> None:
 def _in_a_gradient(poison: _Poison, monkeypatch: pytest.MonkeyPatch) -> None:
     backward = Stages.backward
 
-    def spoiled(stages: Stages, *arguments: Any) -> None:
-        backward(stages, *arguments)
+    def spoiled(stages: Stages, *arguments: Any) -> Tensor:
+        drift = backward(stages, *arguments)
         first = next(iter(stages.policy.trained().values()))
         first.main_grad[0] = poison.of(first.main_grad[0])
+        return drift
 
     monkeypatch.setattr(Stages, "backward", spoiled)
 

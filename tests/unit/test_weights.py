@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.specs import Spec
 from megatron_kvpo.model.weights import (
+    bare_name,
     base_parameters,
     initialise,
     initialise_adapters,
@@ -118,13 +119,27 @@ def test_a_file_may_be_narrower_than_the_model(saved, ranks, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["model.", "generator.model.", "generator_ema.model.",
-                                    "model._fsdp_wrapped_module."])  # fmt: skip
+                                    "model._fsdp_wrapped_module.", "model.diffusion_model.",
+                                    "base_model.model."])  # fmt: skip
 def test_names_of_wrappers_are_stripped(saved, ranks, tmp_path, prefix):
     tensors = {f"{prefix}{name}": value for name, value in load_file(saved[1]).items()}
     save_file(tensors, tmp_path / "wrapped.safetensors")
     other = bare(ranks)
     load_weights(other, read_weights(tmp_path / "wrapped.safetensors"), "file")
     assert same(values(other), values(saved[0]))
+
+
+def test_wrappers_inside_a_name_are_stripped():
+    wrapped = "model._orig_mod.blocks.3._fsdp_wrapped_module.self_attn.q.base_layer.weight"
+    assert bare_name(wrapped) == "blocks.3.self_attn.q.weight"
+
+
+def test_a_tensor_that_comes_twice_is_refused(saved, tmp_path):
+    tensors = load_file(saved[1])
+    tensors["generator_ema.head.head.bias"] = tensors["head.head.bias"] + 1
+    save_file(tensors, tmp_path / "twice.safetensors")
+    with pytest.raises(ValueError, match=r"twice.*are both head.head.bias"):
+        read_weights(tmp_path / "twice.safetensors")
 
 
 def test_a_missing_and_a_foreign_tensor_are_named_with_their_file(saved, ranks):

@@ -1,0 +1,76 @@
+"""One video that streams while it is watched: block after block, a new prompt at any block."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_kvpo.model.causal_wan import TextKeys
+from megatron_kvpo.rollout.sampler import (
+    TextEncoder,
+    block_noise,
+    context_state,
+    denoise_block,
+)
+from megatron_kvpo.rollout.stream import Stream, World
+
+
+class LiveVideo:
+    """A video without an end.
+
+    The same prompts, noises and switches as `generate_videos` give the same latents.
+
+    video = LiveVideo(world, encode, "a red square moves right", (seed, 0, 0))
+    latent_BFCHW = video.next_block()
+    video.switch("it turns blue")
+    """
+
+    def __init__(
+        self, world: World, encode: TextEncoder, prompt: str, coordinates: tuple[int | str, ...]
+    ) -> None:
+        """Begin a video. `coordinates` name its noises, but for the latent frame."""
+        self._world, self._encode, self._coordinates = world, encode, coordinates
+        with torch.no_grad():
+            self._stream = Stream.begin(world, 1, self._text(prompt))
+        self._latents: list[Tensor] = []
+
+    @property
+    def frame(self) -> int:
+        """Latent frames done: the first of the next block."""
+        return self._stream.frame
+
+    @torch.no_grad()
+    def next_block(self) -> Tensor:
+        """Generate the next block: clean latents [1, F, C, H, W].
+
+        Raises:
+            ValueError: the video has reached model.max_frames.
+        """
+        world, frame = self._world, self.frame
+        config, model = world.stream, world.model
+        draw = block_noise(
+            model.model_config, config, (*self._coordinates, frame), model.spec.ranks.device
+        )
+        clean = denoise_block(self._stream, draw).clean
+        context = context_state(clean, config, (*self._coordinates, frame))
+        self._stream.commit(context, sigma=config.context_noise)
+        self._latents.append(clean)
+        return clean
+
+    @torch.no_grad()
+    def switch(self, prompt: str) -> None:
+        """Go on under another prompt from the next block; what the window holds is re-cached."""
+        text = self._text(prompt)
+        if self._latents:
+            self._stream.recache(text, torch.cat(self._latents, dim=1))
+        else:
+            self._stream.text = text
+
+    def close(self) -> None:
+        """Give the video's pages back."""
+        self._stream.release()
+
+    def _text(self, prompt: str) -> TextKeys:
+        return self._world.model.encode_text(
+            self._encode([prompt]).to(self._world.model.spec.ranks.device)
+        )

@@ -1,0 +1,89 @@
+"""tools.generate from the command line: the shapes checkpoint, one process, no GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from tools import generate
+
+RECIPE = Path(__file__).parents[2] / "examples" / "shapes" / "demo.yaml"
+RED, BLUE = "a red square at the middle left moves right", "it turns blue"
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(RECIPE.parents[2])  # the recipe's paths count from there
+
+
+def frames(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def make(tmp_path: Path, *more: str) -> np.ndarray:
+    out = tmp_path / "out.mp4"
+    assert generate.main([str(RECIPE), "device=cpu", "--output", str(out), *more]) == 0
+    assert list(tmp_path.glob(".*")) == []  # nothing half-written is left behind
+    return frames(out)
+
+
+def test_a_switch_turns_red_into_blue(tmp_path):
+    video = make(tmp_path, "--prompt", RED, "--prompt", BLUE, "--switch", "9", "--scale", "4")
+    assert video.shape == (4 * 21 - 3, 128, 128, 3)
+    early, late = (video[i].astype(float).max(axis=(0, 1)) for i in (20, 70))
+    assert early[0] > 150 > early[2]
+    assert late[2] > 150 > late[0]
+
+
+def test_a_line_of_a_prompt_file_brings_its_switches_and_frames_may_be_fewer(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    lines = [{"segments": [BLUE]}, {"segments": [RED, BLUE], "switch_frames": [9]}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from_file = make(tmp_path, "--prompts", str(file), "--line", "1", "--frames", "15")
+    assert len(from_file) == 57
+    assert np.ptp(from_file) > 150
+
+
+def test_lines_that_are_typed_become_the_prompt_of_the_next_block(tmp_path, monkeypatch):
+    class Typist:
+        def __init__(self, *_):
+            self.calls = 0
+
+        def newest(self):
+            self.calls += 1
+            return {4: BLUE, 5: "a purple elephant"}.get(self.calls)
+
+    monkeypatch.setattr(generate, "Lines", Typist)
+    video = make(tmp_path, "--prompt", RED, "--interactive")
+    late = video[70].astype(float).max(axis=(0, 1))
+    assert late[2] > 150 > late[0]  # and the line with an unknown word ended nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", RED, "--switch", "9"], r"1 prompts need 0 switch frames, 1 are given"),
+        (["--prompt", RED, "--prompt", BLUE, "--switch", "10"], r"\[10\] must .* multiples of 3"),
+        (["--prompt", RED, "--frames", "20"], r"--frames 20 must be a multiple of 3"),
+        (["--prompt", "a red elephant"], r"unknown word 'elephant'"),
+        (["--prompt", RED, "--weights", "nowhere.safetensors"], r"nowhere.safetensors"),
+        (["--prompts", "examples/shapes/prompts_dev.jsonl", "--line", "99"], r"lines 0 to 31"),
+        ([], r"nothing to show"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_a_file_is_begun(tmp_path, arguments, message):
+    out = tmp_path / "out.mp4"
+    with pytest.raises(ValueError, match=message):
+        generate.main([str(RECIPE), "device=cpu", "--output", str(out), *arguments])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_mp4_is_written(tmp_path):
+    with pytest.raises(ValueError, match=r"out.avi is no .mp4 file"):
+        generate.main([str(RECIPE), "device=cpu", "--output", str(tmp_path / "out.avi"),
+                       "--prompt", RED])  # fmt: skip

@@ -1,0 +1,286 @@
+"""Stream a video from text to an mp4 file, block after block, with prompt switches.
+
+    python -m tools.generate examples/shapes/demo.yaml --output out.mp4 --scale 8 \
+        --prompt "a red square at the top left moves right" --prompt "it turns blue" --switch 9
+    python -m tools.generate RECIPE --prompts prompts.jsonl --line 3 --output out.mp4
+    python -m tools.generate RECIPE --interactive --output out.mp4
+
+The recipe gives the model, how it streams, and its files; `section.key=value` changes a setting.
+With --interactive each line typed becomes the prompt of the next block while the video goes on.
+Ctrl-C ends the video; what there is of it is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import queue
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from megatron_kvpo import log
+from megatron_kvpo.checkpoint.adapters import load_adapter
+from megatron_kvpo.checkpoint.convert import load_base
+from megatron_kvpo.config import RunConfig, load_config
+from megatron_kvpo.data.embeddings import EmbeddingCache
+from megatron_kvpo.data.prompts import load_prompts
+from megatron_kvpo.data.video_file import VideoWriter
+from megatron_kvpo.model.causal_wan import CausalWan
+from megatron_kvpo.model.codec import load_codec
+from megatron_kvpo.model.lora import AdapterBank
+from megatron_kvpo.model.specs import Spec
+from megatron_kvpo.model.text_encoder import WordEncoder
+from megatron_kvpo.model.umt5 import load_umt5
+from megatron_kvpo.model.wan_vae import load_wan_vae
+from megatron_kvpo.model.weights import initialise
+from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
+from megatron_kvpo.rollout.live import LiveVideo
+from megatron_kvpo.rollout.sampler import TextEncoder
+from megatron_kvpo.rollout.stream import World, new_world
+
+logger = log.get_logger("megatron_kvpo.tools.generate")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Script:
+    """What to show, and from which latent frame on."""
+
+    texts: tuple[str, ...]
+    switch_frames: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.switch_frames) + 1:
+            raise ValueError(
+                f"{len(self.texts)} prompts need {len(self.texts) - 1} switch frames, "
+                f"{len(self.switch_frames)} are given: --switch 39,75,111"
+            )
+
+    def check(self, block_frames: int, num_frames: int) -> None:
+        """Raise ValueError for switches out of order, off a block's start, or past the end."""
+        frames = self.switch_frames
+        wrong = [f for f in frames if f % block_frames or not 0 < f < num_frames]
+        if wrong or list(frames) != sorted(set(frames)):
+            raise ValueError(
+                f"switch frames {list(frames)} must rise, be multiples of {block_frames} and lie "
+                f"between 0 and {num_frames} latent frames"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Generate one video. ValueError for input that cannot work, before anything is generated."""
+    options = _parse(arguments)
+    config = load_config(options.recipe, options.overrides)
+    num_frames = options.frames or config.stream.num_frames
+    if num_frames < 1 or num_frames % config.stream.block_frames:
+        raise ValueError(
+            f"--frames {num_frames} must be a multiple of {config.stream.block_frames}, the block"
+        )
+    script = read_script(options)
+    script.check(config.stream.block_frames, num_frames)
+    ranks = start_ranks(config.parallel, config.device)
+    try:
+        log.setup(is_first(ranks))
+        model = build_model(config, ranks, options.weights, options.adapter)
+        encode = find_encoder(config, options)
+        encode(script.texts)  # an unknown word or a missing embedding shows before the first block
+        decoder = Decoder(config, ranks, options.vae)
+        # Nothing is routed, so the cache keeps the window and no more.
+        stream = dataclasses.replace(config.stream, num_frames=num_frames,
+                                     resident_frames=config.stream.window_frames)  # fmt: skip
+        world = new_world(model, stream, config.routing, 1, config.memory)
+        acting = AdapterBank(model, model.spec.switch).use("current") if options.adapter else None
+        with torch.no_grad(), acting or nullcontext(), decoder:
+            lines = Lines(sys.stdin) if options.interactive else None
+            run(world, encode, script, num_frames, decoder, options, lines)
+    finally:
+        stop_ranks()
+    return 0
+
+
+def run(
+    world: World, encode: TextEncoder, script: Script, num_frames: int, decoder: Decoder,
+    options: argparse.Namespace, lines: Lines | None = None,
+) -> None:  # fmt: skip
+    """The video's loop: switch if it is time, a block, its pixels, the file."""
+    coordinates = (options.seed, options.prompt_index, options.noise)
+    video = LiveVideo(world, encode, script.texts[0], coordinates)
+    switches = dict(zip(script.switch_frames, script.texts[1:], strict=True))
+    first, started = is_first(world.model.spec.ranks), time.monotonic()
+    writer = VideoWriter(options.output, options.fps, options.scale) if first else nullcontext()
+    with writer, log.Progress(num_frames, first=first, label="latent frame") as progress:
+        while video.frame < num_frames:
+            text = (lines.newest() if lines else None) or switches.get(video.frame)
+            if text is not None:
+                _switch(video, text)
+            pixels_FCHW = decoder.next_pixels(video.next_block())
+            if isinstance(writer, VideoWriter):
+                writer.write(pixels_FCHW)
+                seconds = time.monotonic() - started
+                progress.update(video.frame, fps=writer.num_frames / seconds)
+    video.close()
+    if isinstance(writer, VideoWriter):
+        seconds = time.monotonic() - started
+        logger.info("%s: %d pixel frames in %s, %.1f a second", writer.path, writer.num_frames,
+                    log.format_duration(seconds), writer.num_frames / seconds)  # fmt: skip
+
+
+def _switch(video: LiveVideo, text: str) -> None:
+    try:
+        video.switch(text)
+    except ValueError as error:  # a line somebody typed: say so and let the video go on
+        logger.warning("not switched: %s", error)
+    else:
+        logger.info("latent frame %d: %s", video.frame, text)
+
+
+def read_script(options: argparse.Namespace) -> Script:
+    """Prompts and switches of the command line or of a line of a prompt file."""
+    if options.prompts is not None:
+        if options.prompt or options.switch:
+            raise ValueError("--prompts brings its own texts and switches: leave out the others")
+        prompts = load_prompts(options.prompts)
+        if not 0 <= options.line < len(prompts):
+            raise ValueError(
+                f"--line {options.line}: {options.prompts} has lines 0 to {len(prompts) - 1}"
+            )
+        options.prompt_index = prompts[options.line].index
+        prompt = prompts[options.line]
+        return Script(texts=prompt.segments, switch_frames=prompt.switch_frames)
+    texts = list(options.prompt)
+    if options.interactive and not texts:
+        texts = [Lines.ask(sys.stdin)]
+    if not texts:
+        raise ValueError("nothing to show: give --prompt TEXT or --prompts FILE")
+    return Script(texts=tuple(texts), switch_frames=tuple(options.switch))
+
+
+def build_model(
+    config: RunConfig, ranks: Ranks, weights: Path | None, adapter: Path | None
+) -> CausalWan:
+    """The generator with its weights, and an adapter in every slot if one is named."""
+    spec = Spec.build(config.model, config.parallel, ranks, config.policy if adapter else None)
+    model = CausalWan(config.model, spec).requires_grad_(False).eval()
+    source = weights or config.model.weights
+    if source is None:
+        logger.warning("no weights are named: the video will be noise (--weights, model.weights)")
+        initialise(model, config.seed)
+    else:
+        load_base(model, source)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model
+
+
+def find_encoder(config: RunConfig, options: argparse.Namespace) -> TextEncoder:
+    """Cached embeddings, umT5 from its folder, or the word encoder of the shapes world."""
+    text_dim, text_length = config.model.text_dim, config.model.text_length
+    if options.embeddings is not None:
+        cache = EmbeddingCache(options.embeddings, text_dim=text_dim, text_length=text_length)
+        return cache.encode
+    if options.text_encoder is not None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_umt5(options.text_encoder, text_length=text_length, device=device).encode
+    return WordEncoder(text_dim, text_length).encode
+
+
+class Decoder(AbstractContextManager["Decoder"]):
+    """Blocks of latents to pixel frames, as they come. Wan's VAE, or the shapes codec."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, vae: Path | None) -> None:
+        self._cache: Any = None
+        self._resident: AbstractContextManager[None] = nullcontext()
+        self._codec: Any
+        if vae is not None:
+            self._codec = load_wan_vae(vae)
+            self._resident = self._codec.resident(ranks.device)
+        else:
+            self._codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device)
+            self._codec.requires_grad_(False).eval()
+
+    def __enter__(self) -> Decoder:
+        self._resident.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._resident.__exit__(*error)
+
+    def next_pixels(self, latent_BFCHW: Tensor) -> Tensor:
+        """Pixel frames [F, 3, H, W] in [0, 1] of the next latents of one video."""
+        video_BCFHW, self._cache = self._codec.decode(latent_BFCHW, self._cache)
+        return (video_BCFHW[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1)
+
+
+class Lines:
+    """What somebody types while a video is generated."""
+
+    def __init__(self, source: TextIO) -> None:
+        self._typed: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, args=(source,), daemon=True).start()
+        logger.info("type a prompt and press Enter; Ctrl-C ends the video")
+
+    def _read(self, source: TextIO) -> None:
+        for line in source:
+            if line.strip():
+                self._typed.put(line.strip())
+
+    def newest(self) -> str | None:
+        """The last line since the last call, or None."""
+        text = None
+        while not self._typed.empty():
+            text = self._typed.get()
+        return text
+
+    @staticmethod
+    def ask(source: TextIO) -> str:
+        """The first prompt, waited for."""
+        log.setup(True)
+        logger.info("what shall the video show?")
+        return source.readline().strip()
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--output", type=Path, required=True, help="an .mp4 file")
+    parser.add_argument("--prompt", action="append", default=[], help="once for each segment")
+    parser.add_argument("--prompts", type=Path, help="a prompt file (JSONL)")
+    parser.add_argument("--line", type=int, default=0, help="which of its lines, from 0")
+    parser.add_argument("--switch", type=_numbers, default=[], help="latent frames: 39,75,111")
+    parser.add_argument("--interactive", action="store_true", help="prompts from the terminal")
+    parser.add_argument("--frames", type=int, help="latent frames; default: stream.num_frames")
+    parser.add_argument("--weights", type=Path, help="any form that convert_checkpoint reads")
+    parser.add_argument("--adapter", type=Path, help="PEFT folder, lora.pt or a run's checkpoint")
+    parser.add_argument("--vae", type=Path, help="Wan's folder; default: the shapes codec")
+    parser.add_argument("--text-encoder", type=Path, help="Wan's folder, for umT5")
+    parser.add_argument("--embeddings", type=Path, help="what tools.encode_prompts wrote")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--noise", type=int, default=0, help="another video of the same prompt")
+    parser.add_argument("--fps", type=int, default=16)
+    parser.add_argument("--scale", type=int, default=1, help="enlarge pixels this many times")
+    parser.set_defaults(prompt_index=0)
+    return parser.parse_intermixed_args(arguments)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, RuntimeError) as error:
+        log.setup(True)
+        logger.error("%s", error)
+        sys.exit(2)
