@@ -90,7 +90,7 @@ def test_a_setting_that_cannot_be_is_refused_as_it_is_read(recipe, override, sai
         (["reward.weights={temporal_consistency: 0}"], "name no reward to train on"),
         (["data.prompts=/nowhere/p.jsonl"], "no prompt file at /nowhere/p.jsonl"),
         (["evaluation.prompts=/nowhere/e.jsonl"], "no prompt file at /nowhere/e.jsonl"),
-        (["model.weights=/nowhere/w.safetensors"], "no file at /nowhere/w.safetensors: give the path of a checkpoint"),
+        (["model.weights=/nowhere/w.safetensors"], "no file at /nowhere/w.safetensors: give"),
         (["codec.weights=/nowhere/c.safetensors"], "no codec at /nowhere/c.safetensors"),
     ],
 )  # fmt: skip
