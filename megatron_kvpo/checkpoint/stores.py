@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 
 from megatron_kvpo.checkpoint import state
+from megatron_kvpo.model.frozen import open_pickle
 
 Cut = tuple[int, int, int] | None
 """(dim, start, stop) of a tensor's part; None is the whole."""
@@ -111,20 +111,7 @@ class PickleStore:
         self._touched = 0
 
     def _open(self) -> dict[str, Tensor]:
-        try:
-            content = torch.load(self._path, map_location="cpu", weights_only=True, mmap=True)
-        except UnpicklingError as error:
-            raise ValueError(
-                f"{self._path} is refused: it holds more than tensors and could run code when "
-                f"opened ({str(error).splitlines()[0]}). Have its maker save the state dict alone, "
-                "or as safetensors"
-            ) from error
-        except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(
-                f"{self._path} cannot be read: {str(error).splitlines()[0]}. It is cut short, or "
-                "of torch's format before 1.6: fetch it again or save it anew"
-            ) from error
-        tensors, self._key = _section(content, self._key, self._path)
+        tensors, self._key = _section(open_pickle(self._path), self._key, self._path)
         return tensors
 
     @property

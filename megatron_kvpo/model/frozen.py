@@ -73,21 +73,29 @@ def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """A `.pth` state dict, mapped from disk, not copied.
+def open_pickle(path: Path) -> Any:
+    """What a file of torch.save holds, its tensors mapped from disk, not copied.
 
-    Raises ValueError for a file that is damaged, that holds anything but tensors by name, or that
-    would run code when it is unpickled.
+    Raises ValueError for a file that is damaged or that would run code when it is unpickled.
     """
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise ValueError(
-            f"{path} is refused: it holds more than tensors and could run code; convert it to "
-            "safetensors where you trust it"
+            f"{path} is refused: it holds more than tensors and could run code when opened "
+            f"({str(error).splitlines()[0]}). Have its maker save the state dict alone, or as "
+            "safetensors"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged or no PyTorch file: fetch it again") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}. It is cut short, or of torch's "
+            "format before 1.6: fetch it again or save it anew"
+        ) from error
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """A `.pth` state dict, mapped. ValueError as `open_pickle`, and for more than tensors."""
+    state = open_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path} is no state dict: tensors by name are needed")
     return state

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -95,26 +94,6 @@ def initialise_adapters(model: CausalWan, seed: int) -> None:
         for slot in SLOTS:
             module.lora_A[slot].copy_(local_part(whole, down, axis))
             module.lora_B[slot].zero_()
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file in the released key format, wrappers' prefixes stripped.
-
-    ValueError when the file is missing or is no safetensors file, or when two of its tensors have
-    the same name without prefixes.
-    """
-    if not path.is_file():
-        raise ValueError(f"no weights at {path}: give model.weights the path of a safetensors file")
-    try:
-        with safe_open(path, "pt") as file:
-            stored: dict[str, str] = {}
-            for name in file.keys():  # noqa: SIM118
-                other = stored.setdefault(bare_name(name), name)
-                if other != name:
-                    raise ValueError(f"{path}: {other} and {name} are both {bare_name(name)}")
-            return {bare: file.get_tensor(name) for bare, name in stored.items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def bare_name(name: str) -> str:

@@ -192,7 +192,7 @@ def test_an_unsafe_or_damaged_pickle_is_refused(tmp_path):
     with pytest.raises(ValueError, match="could run code"):
         load(tmp_path)
     (tmp_path / umt5.ORIGINAL_FILE).write_bytes(b"not a file of torch")
-    with pytest.raises(ValueError, match=r"damaged or no PyTorch file|could run code"):
+    with pytest.raises(ValueError, match=r"cannot be read|could run code"):
         load(tmp_path)
     save_original(tmp_path, {"token_embedding.weight": 3})
     with pytest.raises(ValueError, match="no state dict"):

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from megatron_kvpo.checkpoint.convert import load_base
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.specs import Spec
 from megatron_kvpo.model.weights import (
@@ -15,7 +16,6 @@ from megatron_kvpo.model.weights import (
     initialise,
     initialise_adapters,
     load_weights,
-    read_weights,
     save_weights,
 )
 from tests.unit import small
@@ -54,7 +54,7 @@ def saved(ranks, tmp_path):
 def test_a_file_gives_back_every_bit_and_its_note(saved, ranks):
     model, path = saved
     other = bare(ranks)
-    load_weights(other, read_weights(path), "file")
+    load_base(other, path)
     assert same(values(model), values(other))
     with safe_open(path, "pt") as file:
         assert file.metadata()["made"] == "for a test"
@@ -101,7 +101,7 @@ def test_adapters_are_not_saved_with_the_base(ranks, tmp_path):
     initialise(model, 1)
     initialise_adapters(model, 1)
     save_weights(model, tmp_path / "w.safetensors", torch.float32, {})
-    read = read_weights(tmp_path / "w.safetensors")
+    read = load_file(tmp_path / "w.safetensors")
     assert not [name for name in read if "lora" in name]
     other = bare(ranks)
     load_weights(other, read, "file")
@@ -112,7 +112,7 @@ def test_a_file_may_be_narrower_than_the_model(saved, ranks, tmp_path):
     model, _ = saved
     save_weights(model, tmp_path / "half.safetensors", torch.bfloat16, {})
     other = bare(ranks)
-    load_weights(other, read_weights(tmp_path / "half.safetensors"), "file")
+    load_base(other, tmp_path / "half.safetensors")
     for name, value in values(other).items():
         assert value.dtype == torch.float32
         assert torch.equal(value, values(model)[name].bfloat16().float())
@@ -125,7 +125,7 @@ def test_names_of_wrappers_are_stripped(saved, ranks, tmp_path, prefix):
     tensors = {f"{prefix}{name}": value for name, value in load_file(saved[1]).items()}
     save_file(tensors, tmp_path / "wrapped.safetensors")
     other = bare(ranks)
-    load_weights(other, read_weights(tmp_path / "wrapped.safetensors"), "file")
+    load_base(other, tmp_path / "wrapped.safetensors")
     assert same(values(other), values(saved[0]))
 
 
@@ -134,16 +134,16 @@ def test_wrappers_inside_a_name_are_stripped():
     assert bare_name(wrapped) == "blocks.3.self_attn.q.weight"
 
 
-def test_a_tensor_that_comes_twice_is_refused(saved, tmp_path):
+def test_a_tensor_that_comes_twice_is_refused(saved, ranks, tmp_path):
     tensors = load_file(saved[1])
     tensors["generator_ema.head.head.bias"] = tensors["head.head.bias"] + 1
     save_file(tensors, tmp_path / "twice.safetensors")
-    with pytest.raises(ValueError, match=r"twice.*are both head.head.bias"):
-        read_weights(tmp_path / "twice.safetensors")
+    with pytest.raises(ValueError, match=r"twice.*head.head.bias"):
+        load_base(bare(ranks), tmp_path / "twice.safetensors")
 
 
 def test_a_missing_and_a_foreign_tensor_are_named_with_their_file(saved, ranks):
-    tensors = read_weights(saved[1])
+    tensors = load_file(saved[1])
     tensors["blocks.0.ffn.1.weight"] = tensors.pop("blocks.1.ffn.2.bias")
     initialise(other := bare(ranks), 0)
     before = values(other)
@@ -155,7 +155,7 @@ def test_a_missing_and_a_foreign_tensor_are_named_with_their_file(saved, ranks):
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(saved, ranks):
-    tensors = read_weights(saved[1])
+    tensors = load_file(saved[1])
     tensors["head.head.weight"] = torch.zeros(3, 5)
     initialise(other := bare(ranks), 0)
     before = values(other)
@@ -166,15 +166,15 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(saved, ranks):
 
 def test_a_model_of_another_depth_is_refused(saved, ranks):
     with pytest.raises(ValueError, match="27 tensors missing"):
-        load_weights(bare(ranks, "model.num_layers=3"), read_weights(saved[1]), "file")
+        load_weights(bare(ranks, "model.num_layers=3"), load_file(saved[1]), "file")
 
 
-def test_a_file_that_is_not_there_or_not_readable_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no weights at .*none\.safetensors"):
-        read_weights(tmp_path / "none.safetensors")
+def test_a_file_that_is_not_there_or_not_readable_is_named(ranks, tmp_path):
+    with pytest.raises(ValueError, match=r"no file at .*none\.safetensors"):
+        load_base(bare(ranks), tmp_path / "none.safetensors")
     (tmp_path / "bad.safetensors").write_bytes(b"no such format")
-    with pytest.raises(ValueError, match=r"bad\.safetensors is not a readable safetensors"):
-        read_weights(tmp_path / "bad.safetensors")
+    with pytest.raises(ValueError, match=r"bad\.safetensors is not a whole safetensors"):
+        load_base(bare(ranks), tmp_path / "bad.safetensors")
 
 
 def test_a_seed_names_the_initial_weights(ranks):
