@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_kvpo.checkpoint.adapters import save_adapter
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.lora import SLOTS, AdapterBank, FullBank, Switch
 from megatron_kvpo.model.specs import Spec
@@ -162,3 +163,32 @@ def test_an_adapter_equals_the_merged_weights(ranks, rank):
     ours = velocity(tiny, "current")
     assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
     assert float((ours - velocity(tiny, None)).abs().max()) > 1e-2, "the adapter does nothing"
+
+
+def test_a_run_continues_the_adapter_it_is_given(ranks, tmp_path):
+    """policy.adapter fills every slot: the reference of the KL and of the drift is the adapter."""
+    first = small.build(ranks)
+    first.stir("current")
+    save_adapter(first.model, "current", tmp_path / "adapter")
+    second = small.build(ranks, f"policy.adapter={tmp_path / 'adapter'}")
+    for name, adapter in second.policy.bank.adapters.items():
+        for slot in SLOTS:
+            for half in ("lora_A", "lora_B"):
+                theirs = getattr(first.policy.bank.adapters[name], half)["current"]
+                assert torch.equal(getattr(adapter, half)[slot], theirs), (name, slot)
+    groups = second.stages.explore(0)
+    energies = [second.stages.energies(0, groups, slot).branch_PG for slot in SLOTS]
+    assert all(torch.equal(energies[0], other) for other in energies[1:])
+    for sampled in groups:
+        sampled.release()
+
+
+def test_an_adapter_of_another_rank_is_refused_at_the_start(ranks, tmp_path):
+    save_adapter(small.build(ranks).model, "current", tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"policy\.lora_rank is 7"):
+        small.build(ranks, f"policy.adapter={tmp_path / 'adapter'}", "policy.lora_rank=7")
+
+
+def test_an_adapter_cannot_be_continued_as_full_weights(tmp_path):
+    with pytest.raises(ValueError, match=r"policy\.mode full: merge it first"):
+        small.config(f"policy.adapter={tmp_path}", "policy.mode=full")
