@@ -139,6 +139,7 @@ class Stream:
         frames = range(first, self.frame)
         own = [[table.renew(frame) for frame in frames] for table in self.tables]
         self._run(latent_BFCHW[:, first:], 0.0, frames, context, own, own_from=seen_from - first)
+        self._evict()  # the oldest were queries, and may have left the cache before
 
     def _context(self, routed_B: Sequence[Sequence[int]] | None) -> list[list[int]]:
         """Pages that each row's next block sees."""

@@ -33,7 +33,8 @@ def make(tmp_path: Path, *more: str) -> np.ndarray:
 
 
 def test_a_switch_turns_red_into_blue(tmp_path):
-    video = make(tmp_path, "--prompt", RED, "--prompt", BLUE, "--switch", "9", "--scale", "4")
+    texts = ["--prompt", RED, "--prompt", BLUE, "--prompt", "it falls"]
+    video = make(tmp_path, *texts, "--switch", "9,18", "--scale", "4")
     assert video.shape == (4 * 21 - 3, 128, 128, 3)
     early, late = (video[i].astype(float).max(axis=(0, 1)) for i in (20, 70))
     assert early[0] > 150 > early[2]

@@ -8,7 +8,7 @@ import torch
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.records import Prompt
 from megatron_kvpo.rollout.sampler import denoise_block, generate_videos
-from megatron_kvpo.rollout.stream import Stream
+from megatron_kvpo.rollout.stream import Stream, new_world
 from megatron_kvpo.routing import plain_context
 from tests.unit import small
 
@@ -264,3 +264,21 @@ def test_a_switched_text_changes_what_follows_and_nothing_before(tiny):
     switched = generate_videos(tiny.world, tiny.encode, [small.switching(12)], [0], 3)
     assert torch.equal(plain[:, :12], switched[:, :12])
     assert (plain[:, 12:] != switched[:, 12:]).flatten(2).any(2).all()
+
+
+def test_a_cache_of_the_window_alone_takes_late_switches_and_gives_the_same_bits(ranks):
+    """A re-cache asks frames that have left such a cache; they must not stay in it afterwards."""
+    outputs = []
+    for resident in ("12", "21"):
+        tiny = small.build(ranks, "stream.num_frames=21", f"stream.resident_frames={resident}")
+        world = new_world(tiny.model, tiny.config.stream, tiny.config.routing, rows=1)
+        stream = Stream.begin(world, 1, tiny.text(small.TEXTS[0]))
+        latents = tiny.latents(21)
+        for frame in range(0, 21, 3):
+            if frame in (6, 15, 18):
+                stream.recache(tiny.text(small.TEXTS[frame % 2]), latents[:, :frame])
+            stream.commit(latents[:, frame : frame + 3])
+        outputs.append(stream.velocity(tiny.latents(3, name="next"), 0.9375))
+        stream.release()
+        assert world.pool.num_free == world.pool.key.shape[1]
+    assert torch.equal(*outputs)
