@@ -13,9 +13,10 @@ import shutil
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -150,6 +151,16 @@ class Progress:
         line = f"{head} {tail}"[:_COLUMNS]
         extra = {"progress": True, "file_only": self._bar is not None}
         self._logger.info("%s", line, extra=extra)
+
+
+def run_command(main: Callable[[], int], logger: logging.Logger) -> NoReturn:
+    """End the process with what `main` returns; bad input is one line of the log and code 2."""
+    try:
+        sys.exit(main())
+    except (ValueError, RuntimeError) as error:
+        setup(True)
+        logger.error("%s", error)
+        sys.exit(2)
 
 
 def format_duration(seconds: float) -> str:

@@ -245,9 +245,4 @@ def _numbers(text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, RuntimeError) as error:
-        log.setup(True)
-        logger.error("%s", error)
-        sys.exit(2)
+    log.run_command(main, logger)

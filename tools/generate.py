@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import queue
 import sys
 import threading
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         log.setup(is_first(ranks))
         model = build_model(config, ranks, options.weights, options.adapter)
-        encode = find_encoder(config, options)
+        encode = remembered(find_encoder(config, options))
         encode(script.texts)  # an unknown word or a missing embedding shows before the first block
         decoder = Decoder(config, ranks, options.vae)
         # Nothing is routed, so the cache keeps the window and no more.
@@ -192,6 +193,12 @@ def find_encoder(config: RunConfig, options: argparse.Namespace) -> TextEncoder:
     return WordEncoder(text_dim, text_length).encode
 
 
+def remembered(encode: TextEncoder) -> TextEncoder:
+    """The same encoder, which sees each text once and by itself."""
+    one = functools.cache(lambda text: encode([text]))
+    return lambda texts: torch.cat([one(text) for text in texts])
+
+
 class Decoder(AbstractContextManager["Decoder"]):
     """Blocks of latents to pixel frames, as they come. Wan's VAE, or the shapes codec."""
 
@@ -277,10 +284,6 @@ def _numbers(text: str) -> list[int]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        log.run_command(main, logger)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, RuntimeError) as error:
-        log.setup(True)
-        logger.error("%s", error)
-        sys.exit(2)

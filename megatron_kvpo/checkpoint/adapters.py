@@ -12,30 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_kvpo.checkpoint.convert import cut_like
-from megatron_kvpo.checkpoint.export import Keys, Planned, lora_note, write_file, write_peft
-from megatron_kvpo.checkpoint.formats import (
-    ADAPTER_CONFIG,
-    LORA_FILE,
-    Checkpoint,
-    open_checkpoint,
-)
+from megatron_kvpo.checkpoint.export import Keys, Planned, write_peft
+from megatron_kvpo.checkpoint.formats import ADAPTER_CONFIG, Checkpoint, open_checkpoint
 from megatron_kvpo.checkpoint.mapping import check_fit, diffusers_name, is_adapter
 from megatron_kvpo.checkpoint.stores import Header
 from megatron_kvpo.model.causal_wan import CausalWan
-from megatron_kvpo.model.lora import SLOTS, Adapter
+from megatron_kvpo.model.lora import SLOTS, Adapter, adapters_of
 from megatron_kvpo.model.weights import whole_shape, whole_value
 
 
 def _adapters(model: CausalWan) -> dict[str, Adapter]:
     """Adapters by the name of their layer. ValueError if the model has none."""
-    found = {
-        name.removesuffix(".adapter"): module
-        for name, module in model.named_modules()
-        if isinstance(module, Adapter)
-    }
-    if not found:
-        raise ValueError("the model was built without adapters: set policy.mode to lora")
-    return found
+    return {name.removesuffix(".adapter"): a for name, a in adapters_of(model).items()}
 
 
 def _halves(model: CausalWan, slot: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -74,10 +62,7 @@ def save_adapter(model: CausalWan, slot: str, folder: Path, keys: Keys = "diffus
     if model.spec.ranks.rank == 0:
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
-        write_peft(partial, _planned(whole, "base_model.model.", keys), *rank_alpha, keys)
-        if keys == "diffusers":
-            twin = _planned(whole, "transformer.", keys)
-            write_file(partial / LORA_FILE, twin, lora_note(twin, *rank_alpha))
+        write_peft(partial, lambda prefix: _planned(whole, prefix, keys), *rank_alpha, keys)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     dist.barrier()

@@ -10,7 +10,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,7 +80,7 @@ class Weights:
                 raise ValueError(f"{adapter.path} is more than an adapter: give it as the source")
             check_same_model(sizes, adapter_sizes, adapter)
             table = {n: r for n, r in table.items() if not is_adapter(n)} | rows
-            sizes = Sizes(**{**_fields(sizes), "rank": adapter_sizes.rank})
+            sizes = replace(sizes, rank=adapter_sizes.rank)
         return Weights(
             base=base, adapter=adapter, sizes=sizes, table=table,
             alpha=alpha_of(adapter, sizes, alpha) if adapter else 0.0,
@@ -102,10 +102,6 @@ class Weights:
             up, down = (self.adapter.read(f"{module}.lora_{half}").float() for half in "BA")
             weight.addmm_(up, down, alpha=self.scale)
         return weight
-
-
-def _fields(sizes: Sizes) -> dict[str, Any]:
-    return {name: getattr(sizes, name) for name in Sizes.__slots__}
 
 
 def plan_base(
@@ -221,11 +217,15 @@ TARGET_MODULES: dict[Keys, tuple[str, ...]] = {
 
 
 def write_peft(
-    folder: Path, planned: Sequence[Planned], rank: int, alpha: float, keys: Keys
-) -> None:
-    """An adapter folder as PEFT writes it."""
+    folder: Path, plan: Callable[[str], list[Planned]], rank: int, alpha: float, keys: Keys
+) -> list[Planned]:
+    """An adapter folder as PEFT writes it, of the tensors that `plan` names with a prefix.
+
+    With diffusers' names also the file that load_lora_weights looks for.
+    """
     from peft import LoraConfig
 
+    planned = plan("base_model.model.")
     folder.mkdir(parents=True)
     LoraConfig(
         r=rank, lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
@@ -233,9 +233,13 @@ def write_peft(
         inference_mode=True,
     ).save_pretrained(str(folder))  # fmt: skip
     write_file(folder / ADAPTER_FILE, planned)
+    if keys == "diffusers":
+        twin = plan("transformer.")
+        write_file(folder / LORA_FILE, twin, _lora_note(twin, rank, alpha))
+    return planned
 
 
-def lora_note(planned: Sequence[Planned], rank: int, alpha: float) -> dict[str, str]:
+def _lora_note(planned: Sequence[Planned], rank: int, alpha: float) -> dict[str, str]:
     """What diffusers' load_lora_weights needs beside the tensors, or it would take alpha = rank."""
     modules = sorted({p.name.removeprefix("transformer.").split(".lora_")[0] for p in planned})
     note = {"r": rank, "lora_alpha": alpha, "target_modules": modules}
@@ -330,17 +334,14 @@ def _write(weights: Weights, path: Path, order: Order, *, single: bool) -> list[
 
 
 def _write_adapter(weights: Weights, path: Path, order: Order, *, single: bool) -> list[Planned]:
-    """PEFT's folder; with diffusers' names also the file that load_lora_weights looks for."""
     if single:
         raise ValueError("a PEFT adapter is a folder: give a name without .safetensors")
     keys: Keys = order.keys or "diffusers"
-    rank, renamed = weights.sizes.rank, keys == "diffusers"
-    planned = plan_adapter(weights, "base_model.model.", order.dtype, diffusers=renamed)
-    write_peft(path, planned, rank, weights.alpha, keys)
-    if renamed:
-        twin = plan_adapter(weights, "transformer.", order.dtype, diffusers=True)
-        write_file(path / LORA_FILE, twin, lora_note(twin, rank, weights.alpha))
-    return planned
+
+    def plan(prefix: str) -> list[Planned]:
+        return plan_adapter(weights, prefix, order.dtype, diffusers=keys == "diffusers")
+
+    return write_peft(path, plan, weights.sizes.rank, weights.alpha, keys)
 
 
 def _write_comfyui_adapter(

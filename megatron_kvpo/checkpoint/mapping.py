@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_kvpo.method_config import BACKBONES
+
 Split = Literal["whole", "rows", "columns"]
 """How tensor ranks share a tensor: not at all, along dim 0 or along dim 1."""
 
@@ -123,8 +125,8 @@ class Sizes:
 
 
 PRESETS: dict[str, Sizes] = {
-    "wan2.1_1.3b": Sizes(hidden=1536, ffn=8960, layers=30),
-    "wan2.1_14b": Sizes(hidden=5120, ffn=13824, layers=40),
+    name: Sizes(hidden=b["hidden_dim"], ffn=b["ffn_dim"], layers=b["num_layers"])
+    for name, b in BACKBONES.items()
 }
 
 

@@ -86,14 +86,20 @@ class PolicyBank(Protocol):
         ...
 
 
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
+    """A model's adapters by module name. ValueError if it has none."""
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Adapter)}
+    if not found:
+        raise ValueError("the model was built without adapters: set policy.mode to lora")
+    return found
+
+
 class AdapterBank:
     """LoRA: four adapters on one frozen base. Nothing of the base is ever copied."""
 
     def __init__(self, model: nn.Module, switch: Switch) -> None:
         self.switch = switch
-        self.adapters = {n: m for n, m in model.named_modules() if isinstance(m, Adapter)}
-        if not self.adapters:
-            raise ValueError("the model was built without adapters: set policy.mode to lora")
+        self.adapters = adapters_of(model)
 
     @contextlib.contextmanager
     def use(self, slot: str | None) -> Iterator[None]:

@@ -15,10 +15,9 @@ from megatron_kvpo.rollout.sampler import (
     BlockRecord,
     TextEncoder,
     block_noise,
-    context_state,
-    denoise_block,
     encode_for_rows,
     encode_segment,
+    extend,
 )
 from megatron_kvpo.rollout.stream import Stream, World
 
@@ -139,11 +138,8 @@ def _extend(
     stream: Stream, blocks: list[Tensor], noises: GroupNoise, draw: BlockNoise,
     routed: Sequence[Sequence[int]] | None,
 ) -> BlockRecord:  # fmt: skip
-    """Generate a block, append its latents, fill the cache with it."""
-    config = stream.world.stream
-    record = denoise_block(stream, draw, routed)
-    context = context_state(record.clean, config, noises.key(stream.frame))
-    stream.commit(context, routed, config.context_noise)
+    """Generate a block, fill the cache with it, append its latents."""
+    record = extend(stream, draw, noises.key(stream.frame), routed)
     blocks.append(record.clean)
     return record
 

@@ -9,8 +9,8 @@ from megatron_kvpo.model.causal_wan import TextKeys
 from megatron_kvpo.rollout.sampler import (
     TextEncoder,
     block_noise,
-    context_state,
-    denoise_block,
+    encode_texts,
+    extend,
 )
 from megatron_kvpo.rollout.stream import Stream, World
 
@@ -18,7 +18,8 @@ from megatron_kvpo.rollout.stream import Stream, World
 class LiveVideo:
     """A video without an end.
 
-    The same prompts, noises and switches as `generate_videos` give the same latents.
+    The same prompts, noises and switches as `generate_videos` give the same latents, if nothing is
+    added in the pass that fills the cache (stream.context_noise 0).
 
     video = LiveVideo(world, encode, "a red square moves right", (seed, 0, 0))
     latent_BFCHW = video.next_block()
@@ -51,9 +52,7 @@ class LiveVideo:
         draw = block_noise(
             model.model_config, config, (*self._coordinates, frame), model.spec.ranks.device
         )
-        clean = denoise_block(self._stream, draw).clean
-        context = context_state(clean, config, (*self._coordinates, frame))
-        self._stream.commit(context, sigma=config.context_noise)
+        clean = extend(self._stream, draw, (*self._coordinates, frame)).clean
         self._latents.append(clean)
         return clean
 
@@ -71,6 +70,4 @@ class LiveVideo:
         self._stream.release()
 
     def _text(self, prompt: str) -> TextKeys:
-        return self._world.model.encode_text(
-            self._encode([prompt]).to(self._world.model.spec.ranks.device)
-        )
+        return encode_texts(self._world.model, self._encode, [prompt])

@@ -31,14 +31,6 @@ class Replay:
     """The policy's own velocities, if they were to be kept."""
 
 
-def replay_energies(
-    sampled: SampledGroup, encode: TextEncoder, noises: GroupNoise, config: EnergyConfig,
-    rows: Sequence[int], *, grad: bool = False,
-) -> Tensor:  # fmt: skip
-    """The energies of `replay` alone: energy_B."""
-    return replay(sampled, encode, noises, config, rows, grad=grad).energy_B
-
-
 def replay(
     sampled: SampledGroup, encode: TextEncoder, noises: GroupNoise, config: EnergyConfig,
     rows: Sequence[int], *, grad: bool = False, keep: bool = False,

@@ -65,6 +65,21 @@ def context_state(
     return add_noise(clean, fresh, config.context_noise)
 
 
+@torch.no_grad()
+def extend(
+    stream: Stream, draw: BlockNoise, coordinates: tuple[int | str, ...],
+    routed_B: Sequence[Sequence[int]] | None = None,
+) -> BlockRecord:  # fmt: skip
+    """Generate the next block of every row and fill the cache with it.
+
+    `coordinates` name the noise of the pass that fills it, if there is any.
+    """
+    config, record = stream.world.stream, denoise_block(stream, draw, routed_B)
+    context = context_state(record.clean, config, coordinates)
+    stream.commit(context, routed_B, config.context_noise)
+    return record
+
+
 def block_noise(
     model: ModelConfig, stream: StreamConfig, coordinates: tuple[int | str, ...],
     device: torch.device,
@@ -79,6 +94,11 @@ def encode_segment(
 ) -> TextKeys:
     """Text keys of what each prompt says at latent frame `frame`, one row a prompt."""
     texts = [prompt.segments[prompt.segment_at(frame)] for prompt in prompts]
+    return encode_texts(model, encode, texts)
+
+
+def encode_texts(model: CausalWan, encode: TextEncoder, texts: Sequence[str]) -> TextKeys:
+    """Text keys of some texts, one row each."""
     return model.encode_text(encode(texts).to(model.spec.ranks.device))
 
 
@@ -111,11 +131,10 @@ def generate_videos(
                         model.spec.ranks.device)
             for prompt, key in zip(prompts, noise_keys, strict=True)
         ]  # fmt: skip
-        record = denoise_block(stream, lambda step, d=draws: torch.cat([draw(step) for draw in d]))  # type: ignore[misc]
-        stream.commit(
-            context_state(record.clean, config, (seed, "evaluation", frame)),
-            sigma=config.context_noise,
-        )
+        record = extend(
+            stream, lambda step, d=draws: torch.cat([draw(step) for draw in d]),  # type: ignore[misc]
+            (seed, "evaluation", frame),
+        )  # fmt: skip
         blocks.append(record.clean)
     stream.release()
     return torch.cat(blocks, dim=1)

@@ -7,7 +7,7 @@ table and, for MemFlow, a memory bank; rows of one group share their prefix's pa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from megatron_kvpo.model.memory_bank import MemoryBank, commit
 from megatron_kvpo.model.pages import PagePool, PageTable, PassPages
 from megatron_kvpo.routing import plain_context, routed_context
 
-NO_BANK = MemoryConfig(bank_frames=0)
+NO_BANK = MemoryConfig()
 """LongLive: sink and recent frames are all that a block sees."""
 
 
@@ -31,7 +31,7 @@ class World:
     pool: PagePool
     stream: StreamConfig
     routing: RoutingConfig
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory: MemoryConfig
 
 
 def new_world(

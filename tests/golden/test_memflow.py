@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_kvpo.config import ParallelConfig
+from tests import quiet
 from tools import golden as tool
 from tools.golden import GoldenFile, Largest, replay_file
 
@@ -19,14 +19,7 @@ FILE = Path(__file__).with_name("memflow_tiny.safetensors")
 TOLERANCE = 2e-5
 
 
-@pytest.fixture(autouse=True)
-def _quiet_afterwards():
-    yield
-    root = logging.getLogger("megatron_kvpo")
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.propagate = True
+_quiet_afterwards = quiet.quiet_afterwards
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from megatron_kvpo.parallel.groups import Ranks, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
-from megatron_kvpo.rollout.replay import replay_energies
+from megatron_kvpo.rollout.replay import replay
 from megatron_kvpo.rollout.stream import Stream, World, new_world
 from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.stages import Stages
@@ -164,9 +164,9 @@ class Small:
         rows = range(len(sampled.group.sequences)) if rows is None else rows
         noises = self.noises(sampled.group.prompt)
         with self.policy.acting(slot):
-            return replay_energies(
+            return replay(
                 sampled, self.encode, noises, self.config.energy, rows, grad=grad
-            )
+            ).energy_B
 
     @torch.no_grad()
     def stir(self, *slots: str, size: float = 0.1) -> None:

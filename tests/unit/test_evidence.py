@@ -1,7 +1,6 @@
 """The verdict on made-up arms, and a runner that resumes, refuses and stops."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from PIL import Image
 
 from megatron_kvpo.config import load_config
+from tests import quiet
 from tests.unit import _synthetic_run
 from tests.unit._synthetic_run import write_run
 from tools import evidence, evidence_report
@@ -17,14 +17,7 @@ from tools import evidence, evidence_report
 GAINS = {"real": 0.6, "shuffled": 0.1, "negated": -0.4, "lr0": 0.0}
 
 
-@pytest.fixture(autouse=True)
-def _quiet_afterwards():
-    yield
-    root = logging.getLogger("megatron_kvpo")
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.propagate = True
+_quiet_afterwards = quiet.quiet_afterwards
 
 
 @pytest.fixture

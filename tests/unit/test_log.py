@@ -1,20 +1,11 @@
 """The logger's promises: stdout for results only, one rank speaks, lines fit a terminal."""
 
-import logging
-
 import pytest
 
 from megatron_kvpo import log
+from tests import quiet
 
-
-@pytest.fixture(autouse=True)
-def _quiet_afterwards():
-    yield
-    root = logging.getLogger("megatron_kvpo")
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-        handler.close()
-    root.propagate = True
+_quiet_afterwards = quiet.quiet_afterwards
 
 
 def test_first_rank_logs_to_stderr_and_file_and_leaves_stdout_alone(tmp_path, capsys):
