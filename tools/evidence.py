@@ -29,7 +29,7 @@ import yaml
 
 from megatron_kvpo import log, settings
 from megatron_kvpo.config import RunConfig, load_config
-from tools import evidence_report
+from tools import evidence_report, provenance
 
 logger = log.get_logger("megatron_kvpo.tools.evidence")
 
@@ -69,16 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unfinished:
             raise ValueError(f"runs {unfinished} are not finished: run without --collect-only")
     runs = [evidence_report.Run.read(job.arm, job.seed, job.folder) for job in jobs]
-    provenance = {
-        "commit": _commit(),
-        "versions": _versions(),
+    made_by = {
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
         "command": " ".join(["python", "-m", "tools.evidence", *(arguments or sys.argv[1:])]),
         "run_command": " ".join(jobs[0].command),
         "recipe": str(options.recipe),
         "overrides": list(options.set),
         "config": settings.to_mapping(jobs[0].config),
     }
-    return evidence_report.write(runs, provenance, options.output)
+    return evidence_report.write(runs, made_by, options.output)
 
 
 def plan_jobs(options: argparse.Namespace) -> list[Job]:
@@ -190,7 +190,11 @@ class _Runner:
             what = f"ended with code {code}" if code else "ended without its evaluation files"
             raise RuntimeError(f"run {job.config.name} {what}; the end of {path}:\n{tail}")
         seconds = time.monotonic() - start_s
-        took = {"commit": _commit(), "command": list(job.command), "seconds": round(seconds, 1)}
+        took = {
+            "commit": provenance.commit(),
+            "command": list(job.command),
+            "seconds": round(seconds, 1),
+        }
         (job.folder / "provenance.json").write_text(json.dumps(took) + "\n")
         logger.info("finished %s in %s (%d of %d)", job.config.name, log.format_duration(seconds),
                     self._finished, self._total)  # fmt: skip
@@ -200,27 +204,6 @@ class _Runner:
             self._stopped.set()
             for process in self._running:
                 process.terminate()
-
-
-def _commit() -> str:
-    """Of the checkout, with `+` if files differ from it; empty outside one."""
-    here = Path(__file__).resolve().parent
-    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    if head.returncode:
-        return ""
-    command = ["git", "status", "--porcelain", "--untracked-files=no", "--"]
-    command += [":/megatron_kvpo", ":/examples", ":/tools"]
-    status = subprocess.run(command, cwd=here, capture_output=True, text=True)
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-    import platform
-
-    names = ("torch", "megatron-core", "numpy")
-    found = {name: importlib.metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -4,10 +4,12 @@
         --prompt "a red square at the top left moves right" --prompt "it turns blue" --switch 9
     python -m tools.generate RECIPE --prompts prompts.jsonl --line 3 --output out.mp4
     python -m tools.generate RECIPE --interactive --output out.mp4
+    python -m tools.generate RECIPE --prompt "..." --output latents.safetensors --record out.json
 
 The recipe gives the model, how it streams, and its files; `section.key=value` changes a setting.
 With --interactive each line typed becomes the prompt of the next block while the video goes on.
-Ctrl-C ends the video; what there is of it is kept.
+Ctrl-C ends the video; what there is of it is kept. An output that ends in .safetensors holds the
+latents (latent_FCHW) and nothing is decoded; --record writes seconds a block and peak memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import functools
 import queue
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ from megatron_kvpo.checkpoint.convert import load_base
 from megatron_kvpo.config import RunConfig, load_config
 from megatron_kvpo.data.embeddings import EmbeddingCache
 from megatron_kvpo.data.prompts import load_prompts
-from megatron_kvpo.data.video_file import VideoWriter
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.codec import load_codec
 from megatron_kvpo.model.lora import AdapterBank
@@ -47,6 +47,7 @@ from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ran
 from megatron_kvpo.rollout.live import LiveVideo
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World, new_world
+from tools.generate_output import Clock, find_output, record
 
 logger = log.get_logger("megatron_kvpo.tools.generate")
 
@@ -93,45 +94,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model = build_model(config, ranks, options.weights, options.adapter)
         encode = remembered(find_encoder(config, options))
         encode(script.texts)  # an unknown word or a missing embedding shows before the first block
-        decoder = Decoder(config, ranks, options.vae)
+        latents_only = options.output.suffix == ".safetensors"
+        decoder = None if latents_only else Decoder(config, ranks, options.vae)
         # Nothing is routed, so the cache keeps the window and no more.
         stream = dataclasses.replace(config.stream, num_frames=num_frames,
                                      resident_frames=config.stream.window_frames)  # fmt: skip
         world = new_world(model, stream, config.routing, 1, config.memory)
         acting = AdapterBank(model, model.spec.switch).use("current") if options.adapter else None
-        with torch.no_grad(), acting or nullcontext(), decoder:
+        clock = Clock(ranks.device)
+        with torch.no_grad(), acting or nullcontext(), decoder or nullcontext():
             lines = Lines(sys.stdin) if options.interactive else None
-            run(world, encode, script, num_frames, decoder, options, lines)
+            run(world, encode, script, num_frames, decoder, clock, options, lines)
+        if options.record is not None:
+            record(config, ranks, num_frames, clock, options)
     finally:
         stop_ranks()
     return 0
 
 
 def run(
-    world: World, encode: TextEncoder, script: Script, num_frames: int, decoder: Decoder,
-    options: argparse.Namespace, lines: Lines | None = None,
+    world: World, encode: TextEncoder, script: Script, num_frames: int, decoder: Decoder | None,
+    clock: Clock, options: argparse.Namespace, lines: Lines | None = None,
 ) -> None:  # fmt: skip
     """The video's loop: switch if it is time, a block, its pixels, the file."""
     coordinates = (options.seed, options.prompt_index, options.noise)
     video = LiveVideo(world, encode, script.texts[0], coordinates)
     switches = dict(zip(script.switch_frames, script.texts[1:], strict=True))
-    first, started = is_first(world.model.spec.ranks), time.monotonic()
-    writer = VideoWriter(options.output, options.fps, options.scale) if first else nullcontext()
-    with writer, log.Progress(num_frames, first=first, label="latent frame") as progress:
+    first = is_first(world.model.spec.ranks)
+    output = find_output(options) if first else nullcontext()
+    with output, log.Progress(num_frames, first=first, label="latent frame") as progress:
         while video.frame < num_frames:
             text = (lines.newest() if lines else None) or switches.get(video.frame)
             if text is not None:
-                _switch(video, text)
-            pixels_FCHW = decoder.next_pixels(video.next_block())
-            if isinstance(writer, VideoWriter):
-                writer.write(pixels_FCHW)
-                seconds = time.monotonic() - started
-                progress.update(video.frame, fps=writer.num_frames / seconds)
+                with clock.measure("switch"):
+                    _switch(video, text)
+            with clock.measure("block"):
+                frames = video.next_block()
+            if decoder is not None:
+                with clock.measure("decode"):
+                    frames = decoder.next_pixels(frames)
+            if not isinstance(output, nullcontext):
+                output.write(frames)
+                progress.update(video.frame, fps=output.num_frames / clock.elapsed)
     video.close()
-    if isinstance(writer, VideoWriter):
-        seconds = time.monotonic() - started
-        logger.info("%s: %d pixel frames in %s, %.1f a second", writer.path, writer.num_frames,
-                    log.format_duration(seconds), writer.num_frames / seconds)  # fmt: skip
+    if not isinstance(output, nullcontext):
+        kind = "latent" if decoder is None else "pixel"
+        logger.info("%s: %d %s frames in %s, %.1f a second", output.path, output.num_frames, kind,
+                    log.format_duration(clock.elapsed),
+                    output.num_frames / clock.elapsed)  # fmt: skip
 
 
 def _switch(video: LiveVideo, text: str) -> None:
@@ -258,7 +268,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--output", type=Path, required=True, help="an .mp4 file")
+    parser.add_argument("--output", type=Path, required=True, help=".mp4; .safetensors: latents")
+    parser.add_argument("--record", type=Path, help="JSON: seconds a block, peak memory")
+    parser.add_argument("--compare", type=Path, help="another video's latents, for --record")
     parser.add_argument("--prompt", action="append", default=[], help="once for each segment")
     parser.add_argument("--prompts", type=Path, help="a prompt file (JSONL)")
     parser.add_argument("--line", type=int, default=0, help="which of its lines, from 0")

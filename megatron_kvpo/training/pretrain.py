@@ -36,7 +36,7 @@ from megatron_kvpo.data.video import ClipSpec, VideoPipeline, load_videos
 from megatron_kvpo.flow import add_noise, clean_from_velocity, sampler_sigmas, timestep
 from megatron_kvpo.method_config import check_positive
 from megatron_kvpo.model.causal_wan import CausalWan
-from megatron_kvpo.model.codec import ShapesCodec, save_codec
+from megatron_kvpo.model.codec import ShapesCodec, load_codec, save_codec
 from megatron_kvpo.model.specs import Spec
 from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.model.weights import initialise, save_weights
@@ -153,7 +153,10 @@ def window_mask(stream: StreamConfig, tokens_per_frame: int) -> Tensor:
 
 
 def load_corpus(config: PretrainConfig, codec: ShapesCodec, device: torch.device) -> Corpus:
-    """Write the videos if need be, decode them through DALI, fit the codec, encode everything."""
+    """Write the videos if need be, decode them through DALI, fit the codec, encode everything.
+
+    A codec whose file is named (codec.weights) is taken as it is.
+    """
     videos = config.videos
     if not (videos.folder / "manifest.jsonl").is_file():
         logger.info("writing %d videos to %s", videos.count, videos.folder)
@@ -167,16 +170,23 @@ def load_corpus(config: PretrainConfig, codec: ShapesCodec, device: torch.device
                              num_threads=os.cpu_count() or 1)  # fmt: skip
     video_NCFHW = load_videos(pipeline)
     logger.info("decoded %d videos in %.0f s", len(video_NCFHW), time.monotonic() - started)
-    curve = fit_codec(codec, video_NCFHW.permute(0, 2, 3, 4, 1), steps=config.fitting.codec_steps,
-                      batch_size=config.fitting.codec_batch, device=device,
-                      seed=config.seed)  # fmt: skip
-    logger.info("codec: %.1f dB after %d steps", curve["psnr"][-1], config.fitting.codec_steps)
+    if config.codec.weights is None:
+        _fit_codec(config, codec, video_NCFHW, device)
     with torch.no_grad():
         latents = [
             codec.encode(part.to(device).float() / 127.5 - 1)
             for part in torch.split(video_NCFHW, 64)
         ]
     return _with_segments(config, torch.cat(latents), [f.index for f in pipeline.report.good])
+
+
+def _fit_codec(
+    config: PretrainConfig, codec: ShapesCodec, video_NCFHW: Tensor, device: torch.device
+) -> None:
+    fitting = config.fitting
+    curve = fit_codec(codec, video_NCFHW.permute(0, 2, 3, 4, 1), steps=fitting.codec_steps,
+                      batch_size=fitting.codec_batch, device=device, seed=config.seed)  # fmt: skip
+    logger.info("codec: %.1f dB after %d steps", curve["psnr"][-1], fitting.codec_steps)
 
 
 def _with_segments(config: PretrainConfig, latent_NFCHW: Tensor, entries: list[int]) -> Corpus:
@@ -351,7 +361,7 @@ def pretrain(config: PretrainConfig) -> None:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     settings.dump(config, config.run_folder / "config.yaml")
-    codec = ShapesCodec(config.codec, config.model.latent_channels).to(ranks.device)
+    codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device)
     corpus = load_corpus(config, codec, ranks.device)
     save_codec(codec, config.run_folder / "codec.safetensors", torch.bfloat16)
     model = CausalWan(config.model, Spec.build(config.model, config.parallel, ranks, None))

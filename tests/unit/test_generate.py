@@ -8,6 +8,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from tools import generate
 
@@ -88,3 +89,23 @@ def test_only_mp4_is_written(tmp_path):
     with pytest.raises(ValueError, match=r"out.avi is no .mp4 file"):
         generate.main([str(RECIPE), "device=cpu", "--output", str(tmp_path / "out.avi"),
                        "--prompt", RED])  # fmt: skip
+
+
+def test_latents_are_kept_as_they_are_and_the_record_says_what_they_cost(tmp_path):
+    files = [tmp_path / f"{name}.safetensors" for name in ("first", "again", "other")]
+    record = tmp_path / "record.json"
+    for file, seed in zip(files, ("0", "0", "1"), strict=True):
+        texts = ["--prompt", RED, "--prompt", BLUE, "--switch", "9", "--seed", seed]
+        files_out = ["--output", str(file), "--record", str(record), "--compare", str(files[0])]
+        assert generate.main([str(RECIPE), "device=cpu", *texts, *files_out]) == 0
+        found = json.loads(record.read_text())
+        assert (found["relative_difference"] == 0) is (seed == "0")
+        assert (found["relative_difference_last_block"] == 0) is (seed == "0")
+    assert found["relative_difference"] > 0.1
+    latent = load_file(files[0])["latent_FCHW"]
+    assert latent.shape == (21, 16, 8, 8)
+    assert found["block_s"]["repeats"] == 6  # seven blocks, the first warms up
+    assert found["switch_s"]["repeats"] == 1
+    assert 0 < found["block_s"]["min"] <= found["block_s"]["median"] <= found["block_s"]["max"]
+    assert "decode_s" not in found
+    assert found["config"]["model"]["hidden_dim"] == 128

@@ -1,0 +1,43 @@
+"""What a measured figure depends on: the commit, the versions, the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+_PACKAGES = ("torch", "megatron-core", "numpy")
+
+
+def commit() -> str:
+    """Of the checkout, with `+` if files differ from it; MEGATRON_KVPO_COMMIT, or "", outside one.
+
+    A copy without its history names the commit that it was made from in that variable.
+    """
+    here = Path(__file__).resolve().parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    if head.returncode:
+        return os.environ.get("MEGATRON_KVPO_COMMIT", "")
+    command = ["git", "status", "--porcelain", "--untracked-files=no", "--"]
+    command += [":/megatron_kvpo", ":/examples", ":/tools"]
+    status = subprocess.run(command, cwd=here, capture_output=True, text=True)
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Python's and those of the packages that figures depend on."""
+    found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **found}
+
+
+def machine(ranks: int) -> dict[str, str | int]:
+    """The processor or the accelerator, and how many ranks used it."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        return {"device": name, "cuda": str(torch.version.cuda), "ranks": ranks}
+    return {"device": platform.processor() or platform.machine(), "ranks": ranks,
+            "cores": os.cpu_count() or 0}  # fmt: skip
