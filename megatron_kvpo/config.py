@@ -140,6 +140,10 @@ class DataConfig:
     prompts: Path = Path("prompts.jsonl")
     """One JSON object a line: {"segments": [...], "switch_frames": [...]}."""
 
+    embeddings: Path | None = None
+    """What tools.encode_prompts made of the prompts, those of the evaluation too. None is the word
+    encoder of the shapes world."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:

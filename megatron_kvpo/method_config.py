@@ -110,10 +110,16 @@ class ModelConfig(WithPresets):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecConfig:
-    """The latent codec of the shapes world: Wan's interface, small."""
+    """Latents to pixels and back: Wan's VAE, or the codec of the shapes world."""
+
+    vae: Path | None = None
+    """Folder of Wan's VAE; None is the codec of the shapes world, which has the same interface."""
+
+    max_rows: int | None = None
+    """Videos that Wan's VAE decodes at once; None is all. At 480 x 832 one is enough."""
 
     weights: Path | None = None
-    """safetensors; None initialises at random."""
+    """safetensors of the shapes codec, as the rest is; None initialises at random."""
 
     width: int = 64
     """Channels of its convolutions at latent resolution."""

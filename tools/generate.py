@@ -33,20 +33,18 @@ from megatron_kvpo import log
 from megatron_kvpo.checkpoint.adapters import load_adapter
 from megatron_kvpo.checkpoint.convert import load_base
 from megatron_kvpo.config import RunConfig, load_config
-from megatron_kvpo.data.embeddings import EmbeddingCache
 from megatron_kvpo.data.prompts import load_prompts
 from megatron_kvpo.model.causal_wan import CausalWan
-from megatron_kvpo.model.codec import load_codec
 from megatron_kvpo.model.lora import AdapterBank
 from megatron_kvpo.model.specs import Spec
-from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.model.umt5 import load_umt5
-from megatron_kvpo.model.wan_vae import load_wan_vae
+from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.model.weights import initialise
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.rollout.live import LiveVideo
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World, new_world
+from megatron_kvpo.training.parts import build_codec, build_encoder
 from tools.generate_output import Clock, find_output, record
 
 logger = log.get_logger("megatron_kvpo.tools.generate")
@@ -80,7 +78,7 @@ class Script:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Generate one video. ValueError for input that cannot work, before anything is generated."""
     options = _parse(arguments)
-    config = load_config(options.recipe, options.overrides)
+    config = named_parts(load_config(options.recipe, options.overrides), options)
     num_frames = options.frames or config.stream.num_frames
     if num_frames < 1 or num_frames % config.stream.block_frames:
         raise ValueError(
@@ -95,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encode = remembered(find_encoder(config, options))
         encode(script.texts)  # an unknown word or a missing embedding shows before the first block
         latents_only = options.output.suffix == ".safetensors"
-        decoder = None if latents_only else Decoder(config, ranks, options.vae)
+        decoder = None if latents_only else Decoder(config, ranks)
         # Nothing is routed, so the cache keeps the window and no more.
         stream = dataclasses.replace(config.stream, num_frames=num_frames,
                                      resident_frames=config.stream.window_frames)  # fmt: skip
@@ -191,16 +189,21 @@ def build_model(
     return model
 
 
+def named_parts(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """The recipe with the VAE and the embeddings of the command line, if they are named there."""
+    codec = dataclasses.replace(config.codec, vae=options.vae or config.codec.vae)
+    embeddings = options.embeddings or config.data.embeddings
+    data = dataclasses.replace(config.data, embeddings=embeddings)
+    return dataclasses.replace(config, codec=codec, data=data)
+
+
 def find_encoder(config: RunConfig, options: argparse.Namespace) -> TextEncoder:
     """Cached embeddings, umT5 from its folder, or the word encoder of the shapes world."""
-    text_dim, text_length = config.model.text_dim, config.model.text_length
-    if options.embeddings is not None:
-        cache = EmbeddingCache(options.embeddings, text_dim=text_dim, text_length=text_length)
-        return cache.encode
-    if options.text_encoder is not None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return load_umt5(options.text_encoder, text_length=text_length, device=device).encode
-    return WordEncoder(text_dim, text_length).encode
+    if options.text_encoder is None:
+        return build_encoder(config).encode
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    length = config.model.text_length
+    return load_umt5(options.text_encoder, text_length=length, device=device).encode
 
 
 def remembered(encode: TextEncoder) -> TextEncoder:
@@ -212,16 +215,12 @@ def remembered(encode: TextEncoder) -> TextEncoder:
 class Decoder(AbstractContextManager["Decoder"]):
     """Blocks of latents to pixel frames, as they come. Wan's VAE, or the shapes codec."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, vae: Path | None) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self._cache: Any = None
+        self._codec: Any = build_codec(config, ranks)
         self._resident: AbstractContextManager[None] = nullcontext()
-        self._codec: Any
-        if vae is not None:
-            self._codec = load_wan_vae(vae)
+        if isinstance(self._codec, WanVae):
             self._resident = self._codec.resident(ranks.device)
-        else:
-            self._codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device)
-            self._codec.requires_grad_(False).eval()
 
     def __enter__(self) -> Decoder:
         self._resident.__enter__()
@@ -279,9 +278,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="latent frames; default: stream.num_frames")
     parser.add_argument("--weights", type=Path, help="any form that convert_checkpoint reads")
     parser.add_argument("--adapter", type=Path, help="PEFT folder, lora.pt or a run's checkpoint")
-    parser.add_argument("--vae", type=Path, help="Wan's folder; default: the shapes codec")
+    parser.add_argument("--vae", type=Path, help="Wan's folder; default: codec.vae")
     parser.add_argument("--text-encoder", type=Path, help="Wan's folder, for umT5")
-    parser.add_argument("--embeddings", type=Path, help="what tools.encode_prompts wrote")
+    parser.add_argument("--embeddings", type=Path, help="default: data.embeddings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noise", type=int, default=0, help="another video of the same prompt")
     parser.add_argument("--fps", type=int, default=16)

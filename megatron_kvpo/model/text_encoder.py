@@ -46,6 +46,11 @@ class WordEncoder:
                 text_BXD[row, : len(words)] = vectors + self._position_XD[: len(words)]
         return text_BXD
 
+    def require(self, texts: Sequence[str]) -> None:
+        """Raise ValueError as `encode` would, before a run begins."""
+        for text in texts:
+            self.words_of(text)
+
     def words_of(self, text: str) -> list[str]:
         """Lower-case words without punctuation, each known, at most text_length of them."""
         words = [word.strip(string.punctuation) for word in text.lower().split()]

@@ -13,6 +13,7 @@ from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.shapes import write_prompt_videos
 from megatron_kvpo.data.video import ClipSpec, VideoPipeline, load_videos
 from megatron_kvpo.model.codec import ShapesCodec
+from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.parallel.collect import gather_rows, shares
 from megatron_kvpo.parallel.groups import Ranks, is_first
 from megatron_kvpo.records import Prompt
@@ -34,7 +35,7 @@ class Evaluator:
 
     def __init__(
         self, config: RunConfig, ranks: Ranks, policy: Policy, world: World, encode: TextEncoder,
-        scorer: Scorer, codec: ShapesCodec, prompts: Sequence[Prompt],
+        scorer: Scorer, codec: ShapesCodec | WanVae, prompts: Sequence[Prompt],
     ) -> None:  # fmt: skip
         self._config, self._ranks, self._policy, self._world = config, ranks, policy, world
         self._encode, self._scorer, self._codec = encode, scorer, codec
@@ -127,7 +128,7 @@ class Evaluator:
     @property
     def _video_shape(self) -> tuple[int, int, int]:
         """Pixel frames, height and width of a generated video."""
-        model, stride = self._config.model, self._config.codec.spatial_stride
+        model, stride = self._config.model, self._codec.spatial_stride
         num_pixel_frames = pixel_start(self._config.stream.num_frames)
         return num_pixel_frames, model.latent_height * stride, model.latent_width * stride
 

@@ -14,9 +14,7 @@ from megatron_kvpo import log
 from megatron_kvpo.checkpoint.state import load, newest, save
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
-from megatron_kvpo.model.codec import load_codec
 from megatron_kvpo.model.specs import check_layout
-from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.parallel.collect import gather_rows
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import Energies, LossOutput, Prompt
@@ -26,6 +24,7 @@ from megatron_kvpo.rollout.stream import new_world
 from megatron_kvpo.routing import legal_forks
 from megatron_kvpo.training.evaluate import Evaluator
 from megatron_kvpo.training.metrics import Metrics
+from megatron_kvpo.training.parts import build_codec, build_encoder
 from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.report import write_report
 from megatron_kvpo.training.stages import Stages
@@ -67,9 +66,7 @@ class Run:
         share(range(config.policy.groups_per_update), ranks.data.rank, ranks.data.size)
         log.setup(is_first(ranks))
         policy = Policy.build(config, ranks)
-        codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device).eval()
-        codec.requires_grad_(False)
-        encode = WordEncoder(config.model.text_dim, config.model.text_length).encode
+        codec, encode = build_codec(config, ranks), build_encoder(config).encode
         num_groups = config.policy.groups_per_update // ranks.data.size
         rows = num_groups + 2 * (config.routing.num_branches + 1)
         world = new_world(policy.model, config.stream, config.routing,
@@ -215,8 +212,8 @@ def _earlier_seconds(summary: Path) -> float:
 def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of a recipe, after the checks that need no ranks.
 
-    ValueError: prompts that do not fit the stream, words or lengths that the text encoder does not
-    take, sentences that the rewards cannot read, no legal fork, sizes that do not divide.
+    ValueError: prompts that do not fit the stream, texts that the text encoder does not take,
+    sentences that the rewards cannot read, no legal fork, sizes that do not divide.
     """
     check_layout(config.model, config.parallel, config.stream.block_frames)
     legal_forks(config.stream, config.routing)
@@ -231,9 +228,8 @@ def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     if config.evaluation.prompts is not None:
         held_out = load_prompts(config.evaluation.prompts)
         check_prompts(held_out, config.stream)
-    encoder = WordEncoder(config.model.text_dim, config.model.text_length)
-    for prompt in (*prompts, *held_out):
-        for text in prompt.segments:
-            encoder.words_of(text)
+    everything = (*prompts, *held_out)
+    build_encoder(config).require([text for prompt in everything for text in prompt.segments])
+    for prompt in everything:
         parse_captions(prompt.segments)
     return prompts, held_out

@@ -132,6 +132,33 @@ def test_shares_of_two_ranks_are_one_model_and_go_out_as_they_came(tmp_path):
     stop_ranks()
 
 
+def _four_ranks(rank: int, folder: Path) -> dict[str, Any]:
+    base_file, lora_file = folder / "longlive_base.pt", folder / "lora.pt"
+    arguments = ["import", base_file, folder / "tp4", "--adapter", lora_file, "--heads", 4,
+                 "--alpha", tiny.ALPHA]  # fmt: skip
+    assert main([str(a) for a in arguments]) == 0
+    found: dict[str, Any] = {}
+    for size in (4, 2, 1):
+        ranks = start_ranks(ParallelConfig(tensor=size, timeout_s=60), "cpu")
+        model = _build(ranks, adapted=True)
+        load_base(model, folder / "tp4")
+        load_adapter(model, folder / "tp4")
+        found[f"base {size}"] = _whole(model)
+        save_adapter(model, "current", folder / f"peft_{size}", "original")
+        stop_ranks()
+    return found
+
+
+@pytest.mark.gloo
+def test_what_four_ranks_imported_loads_at_four_two_and_one(tmp_path):
+    tiny.write_longlive(tmp_path)
+    for result in on_ranks(4, _four_ranks, tmp_path, folder=tmp_path, limit_s=120):
+        assert all(_equal(result[f"base {size}"], tiny.base()) for size in (4, 2, 1))
+    for size in (4, 2, 1):
+        saved = open_checkpoint(tmp_path / f"peft_{size}")
+        assert _equal({n: saved.read(n) for n in saved.stored}, tiny.adapter())
+
+
 PEAK = """
 import sys, torch
 from pathlib import Path

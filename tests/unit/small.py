@@ -21,6 +21,7 @@ from megatron_kvpo.data.prompts import PromptStream
 from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
 from megatron_kvpo.model.lora import AdapterBank
 from megatron_kvpo.model.text_encoder import WordEncoder
+from megatron_kvpo.model.weights import base_parameters, local_part, whole_shape
 from megatron_kvpo.parallel.groups import Ranks, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan
@@ -81,16 +82,16 @@ def ranks() -> Iterator[Ranks]:
 @torch.no_grad()
 def enliven(model: CausalWan) -> None:
     """Give the base weights at which text, time and every frame of history matter."""
-    for name, p in model.named_parameters():
-        if ".adapter." in name:
-            continue
-        drawn = noise(tuple(p.shape), "lively", name)
+    axis = model.spec.ranks.tensor
+    for name, p in base_parameters(model):
+        drawn = noise(tuple(whole_shape(p, axis)), "lively", name)
         if "norm" in name and name.endswith("weight"):
-            p.copy_(1 + 0.2 * drawn)
+            drawn = 1 + 0.2 * drawn
         elif name.endswith("weight"):
-            p.copy_(drawn * (1.5 / p[0].numel() ** 0.5))
+            drawn *= 1.5 / drawn[0].numel() ** 0.5
         else:
-            p.copy_(0.3 * drawn)
+            drawn *= 0.3
+        p.copy_(local_part(drawn, p, axis))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""The frozen parts around the generator: the text encoder and the codec that a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_kvpo.config import RunConfig
+from megatron_kvpo.data.embeddings import EmbeddingCache
+from megatron_kvpo.model.codec import ShapesCodec, load_codec
+from megatron_kvpo.model.text_encoder import WordEncoder
+from megatron_kvpo.model.wan_vae import WanVae, load_wan_vae
+from megatron_kvpo.parallel.groups import Ranks
+
+
+class Encoder(Protocol):
+    """Texts to the embeddings that the generator is conditioned on."""
+
+    def require(self, texts: Sequence[str]) -> None:
+        """Raise ValueError unless every text can be encoded."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """`text_BXD`, float32 on the CPU."""
+
+
+def build_encoder(config: RunConfig) -> Encoder:
+    """Embeddings from data.embeddings, or the word encoder of the shapes world.
+
+    ValueError for a file that is missing, no cache, or of other sizes than the model's.
+    """
+    text_dim, text_length = config.model.text_dim, config.model.text_length
+    if config.data.embeddings is not None:
+        return EmbeddingCache(config.data.embeddings, text_dim=text_dim, text_length=text_length)
+    return WordEncoder(text_dim, text_length)
+
+
+def build_codec(config: RunConfig, ranks: Ranks) -> ShapesCodec | WanVae:
+    """Wan's VAE from codec.vae, on the CPU while it is idle, or the shapes codec. Frozen.
+
+    ValueError for files that are missing or foreign, and for latents of other channels.
+    """
+    if config.codec.vae is None:
+        codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device)
+        return codec.requires_grad_(False).eval()
+    vae = load_wan_vae(config.codec.vae, max_rows=config.codec.max_rows)
+    if vae.latent_channels != config.model.latent_channels:
+        raise ValueError(
+            f"{config.codec.vae} has {vae.latent_channels} latent channels, model.latent_channels "
+            f"is {config.model.latent_channels}: name the VAE that the generator was trained with"
+        )
+    return vae
