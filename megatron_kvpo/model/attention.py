@@ -6,14 +6,23 @@ tokens for heads around the attention itself (Ulysses). For one rank it is the i
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_kvpo.model.fused import joined, rms_rotated, rms_scaled, sum_of_squares
 from megatron_kvpo.model.lora import mark_sharded
 from megatron_kvpo.model.memory_bank import choose_frames
 from megatron_kvpo.model.pages import PassPages
-from megatron_kvpo.model.rope import rotate
 from megatron_kvpo.model.specs import Spec
+
+_KERNELS = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]  # fmt: skip
+"""The fastest first; each serves what those before it cannot."""
 
 
 class WideRMSNorm(nn.Module):
@@ -29,9 +38,18 @@ class WideRMSNorm(nn.Module):
 
     def forward(self, x_LBD: Tensor) -> Tensor:
         """Normalise in float32: x / sqrt(mean(x^2) + eps) * weight, mean over all ranks."""
-        x = x_LBD.float()
-        total = self._spec.sum_features(x.square().sum(dim=-1, keepdim=True))
-        return (x * torch.rsqrt(total / self._dim + self._eps)).to(x_LBD.dtype) * self.weight
+        return rms_scaled(x_LBD, self._total(x_LBD), self.weight, self._dim, self._eps)
+
+    def rotated(self, x_LBD: Tensor, table_2LE: Tensor) -> Tensor:
+        """Normalise, cut into heads and turn them by their tokens' phases: [L, B, A, E]."""
+        total = self._total(x_LBD)
+        return rms_rotated(x_LBD, total, self.weight, table_2LE, self._dim, self._eps)
+
+    def _total(self, x_LBD: Tensor) -> Tensor | None:
+        """Sum of squares over all ranks' features; None if this rank has them all."""
+        if self._spec.ranks.tensor.size == 1:
+            return None
+        return self._spec.sum_features(sum_of_squares(x_LBD))
 
 
 class _Attention(nn.Module):
@@ -63,8 +81,8 @@ class SelfAttention(_Attention):
         Writes own keys (after rotation) and values where `pages` says. `mask_LM`: True is seen;
         only for passes without a cache.
         """
-        query = rotate(self._heads(self.norm_q(self.q(hidden_LBD))), table)
-        key = rotate(self._heads(self.norm_k(self.k(hidden_LBD))), table)
+        query = self.norm_q.rotated(self.q(hidden_LBD), table)
+        key = self.norm_k.rotated(self.k(hidden_LBD), table)
         value = self._heads(self.v(hidden_LBD))
         query, key, value = (tokens_to_heads(x, self._spec) for x in (query, key, value))
         key, value = key.transpose(0, 1), value.transpose(0, 1)
@@ -99,10 +117,14 @@ def _with_cache(
     key_BLAE, value_BLAE = key_BLAE[:, hidden:], value_BLAE[:, hidden:]
     if pages.read_BM.shape[1] == 0:
         return key_BLAE, value_BLAE
-    cached = pages.pool.read(layer, pages.read_BM)
-    if 0 < pages.num_chosen < pages.num_memory:
-        cached = choose_frames(query_LBAE, cached, pages.num_memory, pages.num_chosen, tokens)
-    cached_key, cached_value = cached
+    if not 0 < pages.num_chosen < pages.num_memory:
+        held, read_BM = pages.pool, pages.read_BM
+        return (joined(held.key[layer], read_BM, key_BLAE),
+                joined(held.value[layer], read_BM, value_BLAE))  # fmt: skip
+    cached_key, cached_value = choose_frames(
+        query_LBAE, pages.pool.read(layer, pages.read_BM), pages.num_memory, pages.num_chosen,
+        tokens,
+    )  # fmt: skip
     return torch.cat([cached_key, key_BLAE], dim=1), torch.cat([cached_value, value_BLAE], dim=1)
 
 
@@ -110,12 +132,14 @@ def attend(
     query_LBAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor, mask_LM: Tensor | None
 ) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V, per row and head. Returns [L, B, A, E]."""
-    out_BALE = nn.functional.scaled_dot_product_attention(
-        query_LBAE.permute(1, 2, 0, 3),
-        key_BMAE.transpose(1, 2),
-        value_BMAE.transpose(1, 2),
-        attn_mask=mask_LM,
-    )
+    kernels = sdpa_kernel(_KERNELS, set_priority=True) if query_LBAE.is_cuda else nullcontext()
+    with kernels:
+        out_BALE = nn.functional.scaled_dot_product_attention(
+            query_LBAE.permute(1, 2, 0, 3),
+            key_BMAE.transpose(1, 2),
+            value_BMAE.transpose(1, 2),
+            attn_mask=mask_LM,
+        )
     return out_BALE.permute(2, 0, 1, 3)
 
 

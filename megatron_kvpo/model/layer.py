@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megatron_kvpo.config import ModelConfig
 from megatron_kvpo.model.attention import CrossAttention, SelfAttention
+from megatron_kvpo.model.fused import gated_add, modulated_norm
 from megatron_kvpo.model.lora import mark_replicated
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.model.specs import Spec
@@ -33,12 +34,11 @@ class CausalBlock(nn.Module):
     def __init__(self, config: ModelConfig, spec: Spec) -> None:
         super().__init__()
         dim, eps, device = config.hidden_dim, config.eps, spec.ranks.device
+        self._eps = eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim, device=device))
-        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.self_attn = SelfAttention(dim, config.num_heads, eps, spec)
         self.norm3 = nn.LayerNorm(dim, eps, device=device)
         self.cross_attn = CrossAttention(dim, config.num_heads, eps, spec)
-        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = FeedForward(config, spec)
         for parameter in (self.modulation, *self.norm3.parameters()):
             mark_replicated(parameter, sequence=spec.sequence)
@@ -53,9 +53,9 @@ class CausalBlock(nn.Module):
         x += gate2 * ffn(LN(x)(1 + scale2) + shift2).
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0] + time_LB6D).unbind(2)
-        normed = torch.addcmul(shift1, self.norm1(hidden_LBD), 1 + scale1)
+        normed = modulated_norm(hidden_LBD, shift1, scale1, self._eps)
         attended = self.self_attn(normed, table, layer, pages, mask_LM)
-        hidden_LBD = torch.addcmul(hidden_LBD, attended, gate1)
+        hidden_LBD = gated_add(hidden_LBD, attended, gate1)
         hidden_LBD = hidden_LBD + self.cross_attn(self.norm3(hidden_LBD), *text)
-        normed = torch.addcmul(shift2, self.norm2(hidden_LBD), 1 + scale2)
-        return torch.addcmul(hidden_LBD, self.ffn(normed), gate2)
+        normed = modulated_norm(hidden_LBD, shift2, scale2, self._eps)
+        return gated_add(hidden_LBD, self.ffn(normed), gate2)
