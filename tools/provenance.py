@@ -14,14 +14,16 @@ _PACKAGES = ("torch", "megatron-core", "numpy")
 
 
 def commit() -> str:
-    """Of the checkout, with `+` if files differ from it; MEGATRON_KVPO_COMMIT, or "", outside one.
+    """Of the checkout, with `+` if files differ from it; "" outside one.
 
-    A copy without its history names the commit that it was made from in that variable.
+    A copy without its history names the commit that it was made from in MEGATRON_KVPO_COMMIT.
     """
+    if named := os.environ.get("MEGATRON_KVPO_COMMIT"):
+        return named
     here = Path(__file__).resolve().parent
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     if head.returncode:
-        return os.environ.get("MEGATRON_KVPO_COMMIT", "")
+        return ""
     command = ["git", "status", "--porcelain", "--untracked-files=no", "--"]
     command += [":/megatron_kvpo", ":/examples", ":/tools"]
     status = subprocess.run(command, cwd=here, capture_output=True, text=True)
