@@ -112,6 +112,8 @@ def roll_out_group(
     window_stop = plan.fork_frame + plan.num_blocks * config.block_frames
     records: list[BlockRecord] = []
     for frame in range(plan.fork_frame, config.num_frames, config.block_frames):
+        if frame == window_stop:
+            stream.keep_window()
         if frame != plan.fork_frame:
             _switch(stream, encode, prompt, blocks)
         routed, draw = None, noises.shared(frame, num_rows)

@@ -32,7 +32,8 @@ class LiveVideo:
         """Begin a video. `coordinates` name its noises, but for the latent frame."""
         self._world, self._encode, self._coordinates = world, encode, coordinates
         with torch.no_grad():
-            self._stream = Stream.begin(world, 1, self._text(prompt))
+            window = world.stream.window_frames
+            self._stream = Stream.begin(world, 1, self._text(prompt), resident=window)
         self._latents: list[Tensor] = []
 
     @property

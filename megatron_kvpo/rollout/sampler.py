@@ -121,7 +121,8 @@ def generate_videos(
         latent_BFCHW of all stream.num_frames frames.
     """
     config, model = world.stream, world.model
-    stream = Stream.begin(world, len(prompts), encode_segment(model, encode, prompts, 0))
+    text = encode_segment(model, encode, prompts, 0)
+    stream = Stream.begin(world, len(prompts), text, resident=config.window_frames)
     blocks: list[Tensor] = []
     for frame in range(0, config.num_frames, config.block_frames):
         if any(frame in prompt.switch_frames for prompt in prompts):

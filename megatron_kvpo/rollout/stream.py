@@ -36,14 +36,15 @@ class World:
 
 def new_world(
     model: CausalWan, stream: StreamConfig, routing: RoutingConfig, rows: int,
-    memory: MemoryConfig = NO_BANK,
+    memory: MemoryConfig = NO_BANK, *, pages: int | None = None,
 ) -> World:  # fmt: skip
-    """A world whose pool holds `rows` private streams, each with a block in flight.
+    """A world whose pool holds `rows` private streams, each with a block in flight; or `pages`.
 
     With a bank each also has its slots, a staged frame and, while it commits, the slots to come.
     """
-    frames = min(stream.resident_frames, stream.num_frames) + stream.block_frames
-    pages = rows * (frames + 2 * memory.bank_frames)
+    if pages is None:
+        frames = min(stream.resident_frames, stream.num_frames) + stream.block_frames
+        pages = rows * (frames + 2 * memory.bank_frames)
     return World(model, model.new_pool(pages), stream, routing, memory)
 
 
@@ -52,16 +53,21 @@ class Stream:
 
     def __init__(
         self, world: World, tables: list[PageTable], text: TextKeys, frame: int = 0,
-        banks: list[MemoryBank] | None = None,
+        banks: list[MemoryBank] | None = None, resident: int | None = None,
     ) -> None:  # fmt: skip
-        """`text` holds one text a row; `banks` one bank a row, None for empty ones."""
+        """`text` holds one text a row; `banks` one bank a row, None for empty ones.
+
+        `resident`: frames that stay in the cache; None is stream.resident_frames.
+        """
         self.world, self.tables, self.text, self.frame = world, tables, text, frame
+        self._resident = world.stream.resident_frames if resident is None else resident
         self.banks = [MemoryBank(world.pool) for _ in tables] if banks is None else banks
 
     @staticmethod
-    def begin(world: World, num_rows: int, text: TextKeys) -> Stream:
+    def begin(world: World, num_rows: int, text: TextKeys, resident: int | None = None) -> Stream:
         """Rows with nothing in their cache."""
-        return Stream(world, [PageTable(world.pool) for _ in range(num_rows)], text)
+        tables = [PageTable(world.pool) for _ in range(num_rows)]
+        return Stream(world, tables, text, resident=resident)
 
     def fork(self, copies: int, text: TextKeys) -> Stream:
         """`copies` rows that continue this stream's only row and share its pages."""
@@ -69,17 +75,22 @@ class Stream:
             raise ValueError(f"only a stream of 1 row forks, this one has {len(self.tables)}")
         tables = [self.tables[0].fork() for _ in range(copies)]
         banks = [self.banks[0].fork() for _ in range(copies)]
-        return Stream(self.world, tables, text, self.frame, banks)
+        return Stream(self.world, tables, text, self.frame, banks, self._resident)
+
+    def keep_window(self) -> None:
+        """From now on nothing is routed: let all go that the plain window does not need."""
+        self._resident = self.world.stream.window_frames
+        self._evict()
 
     def hold(self) -> Stream:
         """The same rows once more: no page that they have is rewritten until this is released."""
         tables, banks = [t.fork() for t in self.tables], [bank.fork() for bank in self.banks]
-        return Stream(self.world, tables, self.text, self.frame, banks)
+        return Stream(self.world, tables, self.text, self.frame, banks, self._resident)
 
     def part(self, rows: Sequence[int], text: TextKeys) -> Stream:
         """Some of the rows themselves, under texts of their own. Not to be released."""
         tables, banks = [self.tables[i] for i in rows], [self.banks[i] for i in rows]
-        return Stream(self.world, tables, text, self.frame, banks)
+        return Stream(self.world, tables, text, self.frame, banks, self._resident)
 
     def release(self) -> None:
         """Give all pages back."""
@@ -217,7 +228,7 @@ class Stream:
     def _evict(self) -> None:
         """Let go of frames that are neither sink nor resident."""
         stream = self.world.stream
-        oldest = self.frame - (stream.resident_frames - stream.sink_frames)
+        oldest = self.frame - (self._resident - stream.sink_frames)
         for table in self.tables:
             for frame in [f for f in table.pages if stream.sink_frames <= f < oldest]:
                 table.evict(frame)

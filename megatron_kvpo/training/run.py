@@ -15,11 +15,12 @@ from megatron_kvpo.checkpoint.state import load, newest, save
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
 from megatron_kvpo.model.specs import check_layout
-from megatron_kvpo.parallel.collect import gather_rows
+from megatron_kvpo.parallel.collect import gather_rows, shares
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import Energies, LossOutput, Prompt
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
+from megatron_kvpo.rollout.sizing import run_pages
 from megatron_kvpo.rollout.stream import new_world
 from megatron_kvpo.routing import legal_forks
 from megatron_kvpo.training.evaluate import Evaluator
@@ -67,10 +68,16 @@ class Run:
         log.setup(is_first(ranks))
         policy = Policy.build(config, ranks)
         codec, encode = build_codec(config, ranks), build_encoder(config).encode
-        num_groups = config.policy.groups_per_update // ranks.data.size
-        rows = num_groups + 2 * (config.routing.num_branches + 1)
-        world = new_world(policy.model, config.stream, config.routing,
-                          max(rows, config.policy.max_rows), config.memory)  # fmt: skip
+        branches = shares(config.routing.num_branches, ranks.branch.size)[ranks.branch.rank]
+        pages = run_pages(
+            config.stream, config.routing, config.memory, prompts, held_out,
+            groups=config.policy.groups_per_update // ranks.data.size,
+            sequences=len(branches) + 1,
+            videos=min(config.policy.max_rows,
+                       len(held_out) * config.evaluation.noises_per_prompt),
+        )  # fmt: skip
+        world = new_world(policy.model, config.stream, config.routing, 0, config.memory,
+                          pages=pages)  # fmt: skip
         scorer = Scorer(config.reward, config.stream, codec.decode_pixels)
         stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)
         stages = Stages(config, ranks, policy, world, encode, scorer, stream)
