@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_kvpo import stopwatch
 from megatron_kvpo.config import ModelConfig
 from megatron_kvpo.model.embeddings import (
     Head,
@@ -21,6 +22,7 @@ from megatron_kvpo.model.embeddings import (
     sinusoid,
     unpatchify,
 )
+from megatron_kvpo.model.flops import pass_flops
 from megatron_kvpo.model.layer import CausalBlock
 from megatron_kvpo.model.lora import mark_replicated
 from megatron_kvpo.model.pages import PagePool, PassPages
@@ -105,6 +107,8 @@ class CausalWan(nn.Module):
         Returns:
             velocity_BFCHW, float32, whole on every tensor and context rank.
         """
+        if stopwatch.running():
+            self._count(latent_BFCHW, pages)
         rotary, share = self._rotary.table(frames, latent_BFCHW.device), self._context_share(frames)
         hidden_LBD = self._embed(latent_BFCHW)[share]
         sine_FBD = sinusoid(timestep_BF.transpose(0, 1), self.model_config.sinusoid_dim)
@@ -123,6 +127,17 @@ class CausalWan(nn.Module):
         out_LBC = self.spec.gather_tokens(self.head(hidden_LBD, time_LBD))
         out_LBC = self.spec.gather_context(out_LBC)
         return unpatchify(out_LBC.float(), self.model_config.patch, self.model_config.frame_shape)
+
+    def _count(self, latent_BFCHW: Tensor, pages: PassPages | None) -> None:
+        """Tell the stopwatch what this pass costs this rank."""
+        rows, frames = latent_BFCHW.shape[:2]
+        tokens, ranks = self.model_config.tokens_per_frame, self.spec.ranks
+        seen = frames if pages is None else frames - pages.own_from + pages.read_BM.shape[1]
+        adapted = self.spec.lora is not None and self.spec.switch.slot is not None
+        rank = self.spec.lora[0] if adapted and self.spec.lora else 0
+        one = pass_flops(self.model_config, frames * tokens, seen * tokens, rank,
+                         graph=torch.is_grad_enabled())  # fmt: skip
+        stopwatch.count(rows * one / (ranks.tensor.size * ranks.context.size), rows)
 
     def _embed(self, latent_BFCHW: Tensor) -> Tensor:
         weight = self.patch_embedding.weight.flatten(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_kvpo.config import RewardConfig, StreamConfig
 from megatron_kvpo.records import Clip, Prompt, RewardTable, RolloutGroup, Span
 from megatron_kvpo.reward.base import Reward, build_reward
+from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.world import pixel_start
 
 Decode = Callable[[Tensor], Tensor]
@@ -151,7 +152,8 @@ class Scorer:
         """Pixels of a few rows at a time, float32 [b, 4F - 3, 3, H, W]. Each row decodes once."""
         num_pixel_frames = pixel_start(latent_BFCHW.shape[1])
         for part in torch.split(latent_BFCHW, _ROWS_PER_DECODE):
-            frames = self._decode(part).float()
+            with stage("decode"):
+                frames = self._decode(part).float()
             if frames.shape[:3] != (len(part), num_pixel_frames, 3):
                 raise ValueError(
                     f"decode returned {tuple(frames.shape)}: {len(part)} videos of "

@@ -20,6 +20,7 @@ from megatron_kvpo.rollout.sampler import (
     extend,
 )
 from megatron_kvpo.rollout.stream import Stream, World
+from megatron_kvpo.stopwatch import stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,15 +98,25 @@ def roll_out_group(
         noises: of this group.
         sequences: which of 0..G (G is the anchor) this rank generates.
     """
-    config, num_rows = world.stream, len(sequences)
+    config = world.stream
     stream = Stream.begin(world, 1, encode_segment(world.model, encode, [prompt], 0))
     blocks: list[Tensor] = []
-    for frame in range(0, plan.fork_frame, config.block_frames):
+    with stage("prefix"):
+        for frame in range(0, plan.fork_frame, config.block_frames):
+            _switch(stream, encode, prompt, blocks)
+            _extend(stream, blocks, noises, noises.shared(frame, 1), None)
         _switch(stream, encode, prompt, blocks)
-        _extend(stream, blocks, noises, noises.shared(frame, 1), None)
-    _switch(stream, encode, prompt, blocks)
+    with stage("branches"):
+        return _branch(stream, blocks, encode, prompt, plan, noises, sequences)
 
-    prefix = stream
+
+def _branch(
+    prefix: Stream, blocks: list[Tensor], encode: TextEncoder, prompt: Prompt, plan: RoutingPlan,
+    noises: GroupNoise, sequences: tuple[int, ...],
+) -> SampledGroup:  # fmt: skip
+    """Continue the prefix as one batch to the end of the video."""
+    world, num_rows = prefix.world, len(sequences)
+    config = world.stream
     same = torch.zeros(num_rows, dtype=torch.long, device=blocks[0].device)
     stream = prefix.fork(num_rows, prefix.text.select(same))
     blocks = [block.expand(num_rows, -1, -1, -1, -1) for block in blocks]

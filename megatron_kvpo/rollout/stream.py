@@ -18,6 +18,7 @@ from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
 from megatron_kvpo.model.memory_bank import MemoryBank, commit
 from megatron_kvpo.model.pages import PagePool, PageTable, PassPages
 from megatron_kvpo.routing import plain_context, routed_context
+from megatron_kvpo.stopwatch import stage
 
 NO_BANK = MemoryConfig()
 """LongLive: sink and recent frames are all that a block sees."""
@@ -149,7 +150,8 @@ class Stream:
         context = self._with_bank(sink)
         frames = range(first, self.frame)
         own = [[table.renew(frame) for frame in frames] for table in self.tables]
-        self._run(latent_BFCHW[:, first:], 0.0, frames, context, own, own_from=seen_from - first)
+        with stage("recache"):
+            self._run(latent_BFCHW[:, first:], 0.0, frames, context, own, seen_from - first)
         self._evict()  # the oldest were queries, and may have left the cache before
 
     def _context(self, routed_B: Sequence[Sequence[int]] | None) -> list[list[int]]:

@@ -18,6 +18,7 @@ from megatron_kvpo.model.lora import AdapterBank, FullBank
 from megatron_kvpo.model.specs import Spec
 from megatron_kvpo.model.weights import initialise, initialise_adapters
 from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.optimizer import Optimizer, build_optimizer
 
 
@@ -72,8 +73,9 @@ class Policy:
         """Apply the reduced gradients; ema <- decay ema + (1 - decay) current. Gradient norm."""
         config = self._config
         scale = 1 - update / config.num_updates if config.optimizer.decay == "linear" else 1.0
-        norm = self.optimizer.step(update, scale)
-        self.bank.blend("current", "ema", config.optimizer.ema_decay)
+        with stage("step"):
+            norm = self.optimizer.step(update, scale)
+            self.bank.blend("current", "ema", config.optimizer.ema_decay)
         return norm
 
     def trained(self) -> dict[str, Tensor]:

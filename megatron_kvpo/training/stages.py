@@ -19,6 +19,7 @@ from megatron_kvpo.rollout.replay import replay
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import diversity, draw_plan
+from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.policy import Policy
 
 
@@ -57,7 +58,8 @@ class Stages:
 
     def score(self, groups: Sequence[SampledGroup]) -> list[RewardTable]:
         """Score every branch and the anchor of each group; all branch ranks get all scores."""
-        tables = self.scorer.score_groups([sampled.group for sampled in groups])
+        with stage("reward"):
+            tables = self.scorer.score_groups([sampled.group for sampled in groups])
         return [
             RewardTable(
                 components=table.components, weights=table.weights,
@@ -95,7 +97,7 @@ class Stages:
         """
         branches, anchors, velocities = [], [], []
         rows = range(len(self.sequences))
-        with self.policy.acting(slot):
+        with stage("replay"), self.policy.acting(slot):
             for sampled in groups:
                 noises = self.noises(update, sampled.group.prompt.index)
                 found = replay(sampled, self.encode, noises, self.config.energy, rows, keep=keep)
@@ -119,7 +121,7 @@ class Stages:
         drift_weight = self.config.loss.drift_coefficient / weight_PG.numel()
         velocities = reference.velocities if reference else ()
         drifts = []
-        with self.policy.acting("current"):
+        with stage("backward"), self.policy.acting("current"):
             for number, (sampled, weight_G) in enumerate(zip(groups, weight_PG, strict=True)):
                 weight_B = weight_G[self.branches.start : self.branches.stop]
                 noises = self.noises(update, sampled.group.prompt.index)

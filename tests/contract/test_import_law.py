@@ -10,7 +10,7 @@ import pytest
 from tests.contract.sources import PACKAGE, imports, imports_of, package_files, show, tree_of
 
 LAW: tuple[tuple[str, ...], ...] = (
-    ("records", "settings"),
+    ("records", "settings", "stopwatch"),
     ("method_config",),
     ("config", "log"),
     ("algorithm", "flow", "routing", "world", "parallel"),

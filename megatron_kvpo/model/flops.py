@@ -1,0 +1,44 @@
+"""Floating-point operations of a pass, from its shapes: the measure of a share of the hardware."""
+
+from __future__ import annotations
+
+from megatron_kvpo.config import ModelConfig
+
+
+def forward_flops(model: ModelConfig, tokens: int, keys: int, lora_rank: int = 0) -> dict[str, int]:
+    """Operations of one row's forward pass, by kind: linear, attention, text, lora.
+
+    A multiplication and an addition are two. The embeddings, the head and all that is elementwise
+    are left out: below a hundredth at Wan's sizes.
+
+    Args:
+        model: sizes.
+        tokens: queries of the pass.
+        keys: tokens that each of them attends to.
+        lora_rank: of adapters that act beside the weights; 0: none, or merged.
+    """
+    dim, wide, layers = model.hidden_dim, model.ffn_dim, model.num_layers
+    linear = 2 * tokens * (6 * dim * dim + 2 * dim * wide)  # q, k, v, o; q, o of the text; two wide
+    lora = 2 * tokens * lora_rank * (6 * 2 * dim + 2 * (dim + wide))
+    return {
+        "linear": layers * linear,
+        "attention": layers * 4 * tokens * keys * dim,
+        "text": layers * 4 * tokens * model.text_length * dim,
+        "lora": layers * lora,
+    }
+
+
+def pass_flops(
+    model: ModelConfig, tokens: int, keys: int, lora_rank: int = 0, *, graph: bool = False
+) -> int:
+    """Operations of one row's pass, with those of its backward and recomputation under a graph.
+
+    Backward of a frozen weight is one product (to the input), of an adapter two, of attention
+    two and a half: it computes its scores again.
+    """
+    parts = forward_flops(model, tokens, keys, lora_rank)
+    total = sum(parts.values())
+    if not graph:
+        return total
+    backward = parts["linear"] + 2 * parts["lora"] + 2.5 * (parts["attention"] + parts["text"])
+    return round(total * (2 if model.recompute else 1) + backward)

@@ -1,0 +1,82 @@
+"""Stages are charged once each, and the work counted is the work done."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_kvpo import stopwatch
+from megatron_kvpo.config import ModelConfig
+from megatron_kvpo.model.flops import forward_flops, pass_flops
+from megatron_kvpo.stopwatch import Stopwatch, stage
+from tests.unit import small
+
+ranks = small.ranks
+
+
+def test_a_stage_inside_another_is_not_charged_to_it():
+    with Stopwatch() as watch:
+        with stage("outer"):
+            time.sleep(0.02)
+            with stage("inner"):
+                time.sleep(0.05)
+                stopwatch.count(5, 1)
+            stopwatch.count(7, 2)
+        with stage("outer"):
+            time.sleep(0.01)
+    seconds = {name: part.seconds for name, part in watch.stages.items()}
+    assert 0.03 <= seconds["outer"] < 0.05 <= seconds["inner"]
+    assert watch.stages["inner"].flops == 5
+    assert (watch.stages["outer"].flops, watch.stages["outer"].passes) == (7, 2)
+    assert watch.seconds == pytest.approx(sum(seconds.values()))
+
+
+def test_nothing_is_kept_when_nobody_measures_and_two_do_not_measure_at_once():
+    with stage("alone"):
+        stopwatch.count(1, 1)
+    assert not stopwatch.running()
+    with Stopwatch() as watch:
+        assert stopwatch.running()
+        with pytest.raises(ValueError, match="running already"), Stopwatch():
+            pass
+        with pytest.raises(RuntimeError), stage("broken"):
+            raise RuntimeError
+    assert "alone" not in watch.stages
+    assert not stopwatch.running()
+
+
+def test_a_pass_of_the_released_size_costs_what_the_specification_counts():
+    model = ModelConfig(preset="wan2.1_1.3b")
+    parts = forward_flops(model, tokens=4680, keys=18720, lora_rank=256)
+    found = {name: round(flops / 1e12, 2) for name, flops in parts.items()}
+    assert found == {"linear": 11.7, "attention": 16.15, "text": 0.44, "lora": 2.83}
+
+
+@torch.no_grad()
+def test_the_count_is_that_of_the_operations_that_run(ranks):
+    """torch counts the same pass; what it finds besides is patches, time and head."""
+    tiny = small.build(ranks, "model.hidden_dim=128", "model.ffn_dim=512", "model.text_length=24")
+    model = tiny.config.model
+    stream = tiny.streamed(12)
+    plain = sdpa_kernel(SDPBackend.MATH)  # torch counts products, not the CPU's fused attention
+    with FlopCounterMode(display=False) as counter, tiny.policy.acting("current"), plain:
+        stream.velocity(tiny.latents(3, name="noisy"), 0.5)
+    tokens = 3 * model.tokens_per_frame
+    counted = pass_flops(model, tokens, 4 * tokens, lora_rank=4)
+    assert counted < counter.get_total_flops() < 1.4 * counted
+    layers = counter.get_flop_counts()["CausalWan.blocks.0"]
+    assert sum(layers.values()) * model.num_layers == counted
+    stream.release()
+
+
+def test_a_graph_costs_its_backward_and_what_is_computed_again():
+    plain = ModelConfig(preset="wan2.1_1.3b")
+    again = ModelConfig(preset="wan2.1_1.3b", recompute=True)
+    forward = pass_flops(plain, 4680, 18720, 256)
+    assert 2.5 * forward < pass_flops(plain, 4680, 18720, 256, graph=True) < 3.5 * forward
+    more = pass_flops(again, 4680, 18720, 256, graph=True)
+    assert more - pass_flops(plain, 4680, 18720, 256, graph=True) == forward

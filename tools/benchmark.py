@@ -1,0 +1,284 @@
+"""Where the time of a KVPO update goes, stage by stage, for any recipe.
+
+    python -m tools.benchmark examples/wan/longlive_1.3b.yaml --fork 57 --output longlive.json
+    torchrun --nproc_per_node 2 -m tools.benchmark RECIPE parallel.branch=2 --output two.json
+    python -m tools.benchmark RECIPE --scaling 1,2,4 --output scaling.json
+
+Real updates of the real loop run on random weights unless the recipe names some. Rewards are drawn,
+not measured: scoring is another's time. Writes the JSON, a Markdown table and a plot beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_kvpo import log, settings
+from megatron_kvpo.config import RunConfig, load_config
+from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.parallel.seeds import generator
+from megatron_kvpo.records import RewardTable, RolloutGroup
+from megatron_kvpo.reward.composite import Scorer
+from megatron_kvpo.routing import draw_plan, legal_forks
+from megatron_kvpo.stopwatch import Stopwatch
+from megatron_kvpo.train import train_step
+from megatron_kvpo.training.metrics import Metrics
+from megatron_kvpo.training.run import Run
+from tools import benchmark_report, provenance
+
+logger = log.get_logger("megatron_kvpo.tools.benchmark")
+
+_LARGEST_SEARCH = 10_000
+"""Updates looked through for one whose groups all fork at --fork."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write. ValueError for a recipe that cannot run so."""
+    options = _parse(arguments)
+    if options.output.suffix != ".json":
+        raise ValueError(f"--output {options.output} must end in .json")
+    if min(options.updates, options.warmup) < 1:
+        raise ValueError(
+            f"--updates {options.updates} and --warmup {options.warmup} must be at least 1: the "
+            "first update compiles kernels and checks the start"
+        )
+    found = scaling(options) if options.scaling else measure(options)
+    if found is not None:
+        benchmark_report.write(found, options.output)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any] | None:
+    """One recipe on the ranks there are. The first rank returns the record, the others None."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = quiet(load_config(options.recipe, options.overrides), Path(folder), options)
+        run = Run.start(config)
+        try:
+            if options.decode:
+                run.stages.scorer = DrawnRewards(config, run.stages.scorer)
+            else:
+                run.stages.scorer = DrawnRewards(config, None)
+            first = first_update(config, options.fork, options.stale, run)
+            ceiling = matmul_ceiling(run.ranks.device, config.model.torch_dtype)
+            watches = list(updates(run, config, first, options))
+            return record(run, options, watches[options.warmup :], ceiling) if run.first else None
+        finally:
+            run.finish(0.0)
+
+
+def quiet(config: RunConfig, folder: Path, options: argparse.Namespace) -> RunConfig:
+    """The recipe without evaluation, checkpoints and reports."""
+    return dataclasses.replace(
+        config, folder=folder, num_updates=_LARGEST_SEARCH,
+        evaluation=dataclasses.replace(config.evaluation, prompts=None, every=0),
+        checkpoint=dataclasses.replace(config.checkpoint, every=0, resume=False),
+        log=dataclasses.replace(config.log, wandb="disabled", report=False),
+        optimizer=dataclasses.replace(config.optimizer, warmup_updates=0),
+    )  # fmt: skip
+
+
+class DrawnRewards(Scorer):
+    """Scores drawn from a normal distribution, and the decoding in front of them if it counts."""
+
+    def __init__(self, config: RunConfig, decoder: Scorer | None) -> None:
+        super().__init__(config.reward, config.stream, lambda latent: latent)
+        self._decoder = decoder
+
+    def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RewardTable]:
+        """See Scorer.score_groups."""
+        tables = []
+        for group in groups:
+            if self._decoder is not None:
+                for _ in self._decoder._decoded(group.latent_NFCHW):
+                    pass
+            shape = (len(self.components), len(group.sequences))
+            rng = generator("benchmark", group.prompt.index)
+            local, whole = (
+                torch.randn(shape, generator=rng).to(group.latent_NFCHW.device) for _ in range(2)
+            )
+            weights = tuple(self.config.weights.values())
+            tables.append(RewardTable(components=self.components, weights=weights,
+                                      local_KN=local, global_KN=whole))  # fmt: skip
+        return tables
+
+
+def first_update(config: RunConfig, fork: int | None, stale: bool, run: Run) -> int:
+    """An update, not the very first, whose groups all fork at `fork`.
+
+    `stale`: one in which the sampling policy is not the current one, so that it is replayed too.
+    """
+    legal, period = legal_forks(config.stream, config.routing), config.policy
+    if fork is not None and fork not in legal:
+        raise ValueError(f"--fork {fork} is no legal fork: {legal}")
+    if stale and period.rollouts_per_policy_sync == 1:
+        raise ValueError("--stale: policy.rollouts_per_policy_sync 1 never samples by old weights")
+    start = period.rollouts_per_policy_sync + stale
+    for update in range(start, _LARGEST_SEARCH, period.rollouts_per_policy_sync):
+        if fork is None or forks_of(config, run, update) == {fork}:
+            return update
+    raise ValueError(f"no update of the first {_LARGEST_SEARCH} forks at {fork} in all groups")
+
+
+def forks_of(config: RunConfig, run: Run, update: int) -> set[int]:
+    """Where the groups of an update fork."""
+    return {
+        draw_plan(config.stream, config.routing, (config.seed, update, prompt.index)).fork_frame
+        for prompt in run.stages.prompts.groups_of(update)
+    }
+
+
+def updates(
+    run: Run, config: RunConfig, first: int, options: argparse.Namespace
+) -> Iterator[Stopwatch]:
+    """The same update again and again: warm-up, then what counts. The weights move on."""
+    total = options.warmup + options.updates
+    with Metrics(config, run.first) as metrics, log.Progress(total, first=False) as progress:
+        run.update = first  # its alarms sound in the first one only
+        for number in range(total):
+            tracing = options.trace is not None and number == total - 1 and run.first
+            with traced(options.trace) if tracing else nullcontext(), Stopwatch() as watch:
+                train_step(run, first, metrics, progress)
+            run.update = -1
+            logger.info("update %d of %d: %.2f s", number + 1, total, watch.seconds)
+            yield watch
+
+
+@contextmanager
+def traced(path: Path) -> Iterator[None]:
+    """Write a profiler trace of what happens inside, for chrome://tracing, and a table (.txt)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profile.export_chrome_trace(str(path))
+    key = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    table = profile.key_averages().table(sort_by=key, row_limit=40)
+    path.with_suffix(".txt").write_text(table + "\n")
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square matrix product, the best of several: what is reachable here."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        started = time.perf_counter()
+        for _ in range(4):
+            torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 4 * 2 * size**3 / (time.perf_counter() - started) / 1e12)
+    return best
+
+
+def record(
+    run: Run, options: argparse.Namespace, watches: Sequence[Stopwatch], ceiling: float
+) -> dict[str, Any]:
+    """What is written: each stage's seconds, work and share of the ceiling."""
+    stages = {}
+    for name in watches[0].stages:
+        seconds = [watch.stages[name].seconds for watch in watches]
+        work = watches[0].stages[name]
+        stages[name] = _summary(seconds, work.flops, work.passes, ceiling)
+    whole = _summary([watch.seconds for watch in watches],
+                     sum(s.flops for s in watches[0].stages.values()),
+                     sum(s.passes for s in watches[0].stages.values()), ceiling)  # fmt: skip
+    return {
+        "name": options.output.stem,
+        **_made(run.ranks.world),
+        "matmul_ceiling_tflops": ceiling,
+        "fork": options.fork,
+        "update": whole,
+        "stages": stages,
+        **_memory(run.ranks),
+        "config": settings.to_mapping(run.config),
+    }
+
+
+def _made(ranks: int) -> dict[str, Any]:
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": provenance.commit(),
+        "command": shlex.join(["python", "-m", "tools.benchmark", *sys.argv[1:]]),
+        "versions": provenance.versions(),
+        "machine": provenance.machine(ranks),
+    }
+
+
+def _summary(seconds: Sequence[float], flops: float, passes: int, ceiling: float) -> dict[str, Any]:
+    ordered = sorted(seconds)
+    median = ordered[len(ordered) // 2]
+    rate = flops / median / 1e12 if median else 0.0
+    return {
+        "repeats": len(ordered), "min_s": ordered[0], "median_s": median, "max_s": ordered[-1],
+        "tflop": flops / 1e12, "passes": passes, "tflops": rate, "share": rate / ceiling,
+    }  # fmt: skip
+
+
+def _memory(ranks: Ranks) -> dict[str, float]:
+    if ranks.device.type != "cuda":
+        return {}
+    return {
+        "peak_memory_gib": torch.cuda.max_memory_allocated(ranks.device) / 2**30,
+        "reserved_memory_gib": torch.cuda.max_memory_reserved(ranks.device) / 2**30,
+    }
+
+
+def scaling(options: argparse.Namespace) -> dict[str, Any]:
+    """The same recipe on 1, 2, ... ranks: one group shared (strong) and a group each (weak)."""
+    sizes, runs = options.scaling, []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in ("strong", "weak"):
+            for size in sizes:
+                path = Path(folder) / f"{kind}_{size}.json"
+                groups = size if kind == "weak" else 1
+                layout = f"parallel.branch={size if kind == 'strong' else 1}"
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", str(size), "-m", "tools.benchmark",
+                           str(options.recipe), *options.overrides, layout,
+                           f"policy.groups_per_update={groups}", "--output", str(path),
+                           "--updates", str(options.updates), "--warmup", str(options.warmup),
+                           *(["--fork", str(options.fork)] if options.fork is not None else []),
+                           *(["--decode"] if options.decode else []),
+                           *(["--stale"] if options.stale else [])]  # fmt: skip
+                logger.info("%s", shlex.join(command))
+                subprocess.run(command, check=True)
+                runs.append({"kind": kind, "ranks": size, **json.loads(path.read_text())})
+    return {"name": options.output.stem, **_made(max(sizes)), "runs": runs}
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("--output", type=Path, required=True, help="a .json file")
+    parser.add_argument("--updates", type=int, default=3, help="that count")
+    parser.add_argument("--warmup", type=int, default=1, help="that do not")
+    parser.add_argument("--fork", type=int, help="latent frame; default: as it is drawn")
+    parser.add_argument("--stale", action="store_true", help="with a replay by the old policy")
+    parser.add_argument("--decode", action="store_true", help="decode every row, too")
+    parser.add_argument("--trace", type=Path, help="profiler trace of the last update, .json")
+    parser.add_argument("--scaling", type=_numbers, help="ranks, for example 1,2,4")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    log.run_command(main, logger)
