@@ -76,6 +76,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
             return record(run, options, watches[options.warmup :], ceiling) if run.first else None
         finally:
             run.finish(0.0)
+            log.setup(run.first)  # the folder of run.log goes
 
 
 def quiet(config: RunConfig, folder: Path, options: argparse.Namespace) -> RunConfig:

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import quiet
 from tools import benchmark, benchmark_report
+
+_quiet_afterwards = quiet.quiet_afterwards
 
 RECIPE = Path(__file__).parents[2] / "examples" / "shapes" / "demo.yaml"
 SMALL = ("device=cpu", "policy.groups_per_update=1", "routing.num_branches=3")
