@@ -11,9 +11,10 @@ from torch import Tensor
 from megatron_kvpo.algorithm.energy import step_energy
 from megatron_kvpo.config import EnergyConfig
 from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
+from megatron_kvpo.model.causal_wan import TextKeys
 from megatron_kvpo.records import Trajectory
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
-from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_for_rows
+from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_segment
 from megatron_kvpo.rollout.stream import Stream, World
 
 
@@ -31,9 +32,23 @@ class Replay:
     """The policy's own velocities, if they were to be kept."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Push:
+    """How a replay goes backward by itself: each pass at once, so that one graph lives at a time.
+
+    The gradient is that of scale * sum_b (weight_b E_b + drift_weight D_b).
+    """
+
+    weight_B: Tensor
+    """dL / dE of each row."""
+
+    drift_weight: float = 0.0
+    scale: float = 1.0
+
+
 def replay(
     sampled: SampledGroup, encode: TextEncoder, noises: GroupNoise, config: EnergyConfig,
-    rows: Sequence[int], *, grad: bool = False, keep: bool = False,
+    rows: Sequence[int], *, grad: bool = False, push: Push | None = None, keep: bool = False,
     reference_BPTFCHW: Tensor | None = None,
 ) -> Replay:  # fmt: skip
     """Trajectory velocity energy of some rows under the acting policy, in the plain context.
@@ -41,7 +56,7 @@ def replay(
     E = sum over blocks and steps of w mean((v(z) - u)^2). The prefix's keys and values are the
     sampling policy's; the text's are this policy's; after a block the branch's recorded latents
     enter the cache (`replay_context: self` commits this policy's prediction instead). What the
-    cache holds is data: no gradient flows through it.
+    cache holds is data: no gradient flows through it, so the passes share nothing but the text.
 
     Args:
         sampled: the group and its prefix.
@@ -51,36 +66,27 @@ def replay(
         rows: row numbers of the group on this rank.
         grad: build a graph through the first config.grad_steps steps. The values then have only
             these. Go backward before anything else writes pages, under the same policy.
+        push: instead of that, go backward through the same steps here, pass by pass.
         keep: return the velocities too.
         reference_BPTFCHW: another policy's velocities in these rows' states. The drift is E with
             these in the place of u.
     """
     world, group, plan = sampled.prefix.world, sampled.group, sampled.group.plan
-    index, recorded = list(rows), replay_targets(sampled)
+    index, graph = list(rows), grad or push is not None
     latent_BFCHW = group.latent_NFCHW[index]
-    energy_B = drift_B = latent_BFCHW.new_zeros(len(index), dtype=torch.float32)
-    velocities = []
-    with torch.set_grad_enabled(grad):
-        text = encode_for_rows(world.model, encode, group.prompt, plan.fork_frame, len(index))
-        stream = sampled.prefix.fork(len(index), text)
+    with torch.set_grad_enabled(graph):
+        texts = _Texts(world, encode, sampled, len(index), push is not None)
+        tally = _Tally(sampled, config, index, push, keep, reference_BPTFCHW)
+        stream = sampled.prefix.fork(len(index), texts.at(plan.fork_frame))
         kept: list[Stream] = []
         for block in range(plan.num_blocks):
             if block and stream.frame in group.prompt.switch_frames:
-                text = encode_for_rows(world.model, encode, group.prompt, stream.frame, len(index))
-                stream.recache(text, latent_BFCHW[:, : stream.frame])
-            state_BTFCHW = recorded.state_NPTFCHW[index, block]
+                stream.recache(texts.at(stream.frame), latent_BFCHW[:, : stream.frame])
             last = block + 1 == plan.num_blocks
             predict = config.replay_context == "self" and not last
-            velocity_T, predicted = _replay_block(stream, state_BTFCHW, config, grad, predict)
+            predicted = _replay_block(stream, tally, block, config, graph, predict)
             if grad:  # backward's recomputation reads pages again: none may be rewritten till then
                 kept.append(stream.hold())
-            taken_BTFCHW = recorded.velocity_NPTFCHW[index, block]
-            energy_B = energy_B + _distance(velocity_T, taken_BTFCHW, world, config)
-            if reference_BPTFCHW is not None:
-                target_BTFCHW = reference_BPTFCHW[:, block]
-                drift_B = drift_B + _distance(velocity_T, target_BTFCHW, world, config)
-            if keep:
-                velocities.append(torch.stack([v.detach() for v in velocity_T], dim=1))
             if not last:
                 stop = stream.frame + world.stream.block_frames
                 clean = predicted if predict else latent_BFCHW[:, stream.frame : stop]
@@ -88,41 +94,122 @@ def replay(
                 stream.commit(context, sigma=world.stream.context_noise)
         for held in (*kept, stream):
             held.release()
-    kept_BPTFCHW = torch.stack(velocities, dim=1) if keep else None
-    return Replay(energy_B=energy_B, drift_B=drift_B, velocity_BPTFCHW=kept_BPTFCHW)
+    texts.push()
+    return tally.result()
+
+
+class _Texts:
+    """Text keys of a replay's segments, encoded once each; under `push` their graph waits."""
+
+    def __init__(
+        self, world: World, encode: TextEncoder, sampled: SampledGroup, num_rows: int, push: bool
+    ) -> None:
+        self._world, self._encode, self._prompt = world, encode, sampled.group.prompt
+        self._push = push
+        device = sampled.group.latent_NFCHW.device
+        self._same = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def at(self, frame: int) -> TextKeys:
+        """What the prompt says at a latent frame, one row each."""
+        text = encode_segment(self._world.model, self._encode, [self._prompt], frame)
+        text = text.select(self._same)
+        if not self._push:
+            return text
+        return TextKeys(tuple((self._cut(key), self._cut(value)) for key, value in text.layers))
+
+    def _cut(self, tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        leaf = tensor.detach().requires_grad_()
+        self._waiting.append((tensor, leaf))
+        return leaf
+
+    def push(self) -> None:
+        """Send what all passes sent to the texts on to the weights."""
+        found = [(tensor, leaf.grad) for tensor, leaf in self._waiting if leaf.grad is not None]
+        if found:
+            torch.autograd.backward([t for t, _ in found], [grad for _, grad in found])
+
+
+class _Tally:
+    """Adds up energies and drifts, velocity by velocity."""
+
+    def __init__(
+        self, sampled: SampledGroup, config: EnergyConfig, index: list[int], push: Push | None,
+        keep: bool, reference_BPTFCHW: Tensor | None,
+    ) -> None:  # fmt: skip
+        stream = sampled.prefix.world.stream
+        self._recorded, self._config, self._index = replay_targets(sampled), config, index
+        self._sigmas = sampler_sigmas(stream.steps, stream.shift)
+        self._push, self._reference = push, reference_BPTFCHW
+        zero = sampled.group.latent_NFCHW.new_zeros(len(index), dtype=torch.float32)
+        self._energy_B, self._drift_B = zero, zero
+        self._kept: list[Tensor] | None = [] if keep else None
+
+    def state(self, block: int, step: int) -> Tensor:
+        """What the policy is shown: the rows' noisy latents [B, F, C, H, W]."""
+        return self._recorded.state_NPTFCHW[self._index, block, step]
+
+    def add(self, block: int, velocity_T: Sequence[Tensor]) -> None:
+        """Count one block's velocities that are left to count, of its first steps."""
+        target_BTFCHW = self._recorded.velocity_NPTFCHW[self._index, block]
+        self._energy_B = self._energy_B + self._sum(velocity_T, target_BTFCHW)
+        if self._reference is not None:
+            drift_B = self._sum(velocity_T, self._reference[:, block])
+            self._drift_B = self._drift_B + drift_B
+        if self._kept is not None:
+            self._kept.append(torch.stack([v.detach() for v in velocity_T], dim=1))
+
+    def send(self, block: int, step: int, velocity: Tensor) -> Tensor:
+        """Under `push`, one pass backward. The velocity without its graph."""
+        push = self._push
+        if push is None:
+            return velocity
+        sigma, recorded = self._sigmas[step], self._recorded.velocity_NPTFCHW
+        target = recorded[self._index, block, step]
+        loss = (push.weight_B * step_energy(velocity, target, sigma, self._config)).sum()
+        if self._reference is not None:
+            other = self._reference[:, block, step]
+            drift_B = step_energy(velocity, other, sigma, self._config)
+            loss = loss + push.drift_weight * drift_B.sum()
+        (push.scale * loss).backward()  # type: ignore[no-untyped-call]
+        return velocity.detach()
+
+    def _sum(self, velocity_T: Sequence[Tensor], target_BTFCHW: Tensor) -> Tensor:
+        terms = [
+            step_energy(velocity, target_BTFCHW[:, step], self._sigmas[step], self._config)
+            for step, velocity in enumerate(velocity_T)
+        ]
+        return torch.stack(terms).sum(dim=0)
+
+    def result(self) -> Replay:
+        """What was counted."""
+        kept = torch.stack(self._kept, dim=1) if self._kept is not None else None
+        return Replay(energy_B=self._energy_B, drift_B=self._drift_B, velocity_BPTFCHW=kept)
 
 
 def _replay_block(
-    stream: Stream, state_BTFCHW: Tensor, config: EnergyConfig, grad: bool, predict: bool
-) -> tuple[list[Tensor], Tensor]:
-    """One block's velocities at the steps that count, and its last clean estimate if wanted."""
+    stream: Stream, tally: _Tally, block: int, config: EnergyConfig, graph: bool, predict: bool
+) -> Tensor:
+    """Count one block's velocities at the steps that count; its last clean estimate if wanted."""
     sigmas = sampler_sigmas(stream.world.stream.steps, stream.world.stream.shift)
     velocity_T, predicted = [], torch.empty(0)
     for step, sigma in enumerate(sigmas):
-        counts = not grad or step < config.grad_steps
+        counts = not graph or step < config.grad_steps
         wanted = predict and step + 1 == len(sigmas)
         if not counts and not wanted:
             continue
-        state = state_BTFCHW[:, step]
-        with torch.set_grad_enabled(grad and counts):
+        state = tally.state(block, step)
+        with torch.set_grad_enabled(graph and counts):
             velocity = stream.velocity(state, sigma)
         if counts:
+            velocity = tally.send(block, step, velocity)
             velocity_T.append(velocity)
         if wanted:
             predicted = clean_from_velocity(state, velocity.detach(), sigma)
-    return velocity_T, predicted
-
-
-def _distance(
-    velocity_T: Sequence[Tensor], target_BTFCHW: Tensor, world: World, config: EnergyConfig
-) -> Tensor:
-    """One block's energy terms, summed over the steps given, which are the first ones."""
-    sigmas = sampler_sigmas(world.stream.steps, world.stream.shift)
-    terms = [
-        step_energy(velocity, target_BTFCHW[:, step], sigmas[step], config)
-        for step, velocity in enumerate(velocity_T)
-    ]
-    return torch.stack(terms).sum(dim=0)
+    tally.add(block, velocity_T)
+    return predicted
 
 
 def replay_targets(sampled: SampledGroup) -> Trajectory:

@@ -22,17 +22,14 @@ def video_pages(stream: StreamConfig, memory: MemoryConfig, prompts: Iterable[Pr
 def branch_pages(stream: StreamConfig, routing: RoutingConfig, prompts: Iterable[Prompt]) -> int:
     """Most pages of its own that a branch of any of these prompts has, in rollout or replay.
 
-    It shares its prefix's. While it is routed it keeps the resident frames, then the window. A
-    replay with a graph keeps what it wrote, re-caches too, until it has gone backward.
+    It shares its prefix's. While it is routed it keeps the resident frames, then the window.
     """
     forks, most = legal_forks(stream, routing), 0
     for switches in {prompt.switch_frames for prompt in prompts}:
         for fork in forks:
             routed = fork + routing.num_routed_blocks * stream.block_frames
             parts = [(routed, stream.resident_frames), (stream.num_frames, stream.window_frames)]
-            inside = sum(fork < frame < routed for frame in switches)
-            replay = routed - stream.block_frames - fork + inside * stream.window_frames
-            most = max(most, _peak(fork, parts, switches, stream), replay)
+            most = max(most, _peak(fork, parts, switches, stream))
     return most
 
 

@@ -15,7 +15,7 @@ from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.records import Energies, RewardTable
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
-from megatron_kvpo.rollout.replay import replay
+from megatron_kvpo.rollout.replay import Push, replay
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import diversity, draw_plan
@@ -127,15 +127,12 @@ class Stages:
                 noises = self.noises(update, sampled.group.prompt.index)
                 for part in (rows[i : i + most] for i in range(0, len(rows), most)):
                     target = velocities[number][part] if velocities else None
+                    push = Push(weight_B=weight_B[part], drift_weight=drift_weight, scale=scale)
                     found = replay(
-                        sampled, self.encode, noises, self.config.energy, part, grad=True,
+                        sampled, self.encode, noises, self.config.energy, part, push=push,
                         reference_BPTFCHW=target,
                     )  # fmt: skip
-                    loss = (weight_B[part] * found.energy_B).sum()
-                    drifts.append(found.drift_B.detach())
-                    if target is not None:
-                        loss = loss + drift_weight * found.drift_B.sum()
-                    (scale * loss).backward()
+                    drifts.append(found.drift_B)
         sizes = [size * len(groups) for size in self._sizes]
         return gather_rows(torch.cat(drifts), self.ranks.branch, sizes).mean()
 
