@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_kvpo.model.pages import PagePool
 from megatron_kvpo.parallel.collect import mean_over
 from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.parallel.transfer import indices
 
 
 class MemoryBank:
@@ -108,9 +109,10 @@ def commit(
     taken = {row: [pool.take() for _ in range(size - 1)] for row in rows}
     if rows:
         device = pool.key.device
-        slots_BS = torch.tensor([banks[row].slots for row in rows], device=device)
-        target_BK = torch.tensor(list(taken.values()), device=device)
-        texts = [key_BXAE if len(rows) == len(banks) else key_BXAE[rows] for key_BXAE, _ in text]
+        slots_BS = indices([banks[row].slots for row in rows], device)
+        target_BK = indices(list(taken.values()), device)
+        chosen = indices(rows, device)
+        texts = [key_BXAE if len(rows) == len(banks) else key_BXAE[chosen] for key_BXAE, _ in text]
         order = rank_slots(_scores(slots_BS, texts, pool, ranks))[..., : size - 1]
         for layer, order_BK in enumerate(order):
             pool.copy(layer, slots_BS.gather(1, order_BK), target_BK)

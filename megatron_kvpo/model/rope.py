@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_kvpo.parallel.transfer import to_device
+
 
 class Rotary:
     """Tables of a model's grid. Pairs of a head lie in the order time, height, width."""
@@ -38,7 +40,8 @@ class Rotary:
             phase = torch.cat([time, place], dim=-1).flatten(0, 1)
             if len(self._made) > 256:
                 self._made.clear()
-            self._made[key] = torch.stack([phase.cos(), phase.sin()]).float().to(device)
+            table = torch.stack([phase.cos(), phase.sin()]).float()
+            self._made[key] = to_device(table, device)
         return self._made[key]
 
 

@@ -11,6 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
+from megatron_kvpo.parallel.transfer import to_device
+
 
 def _seed(coordinates: tuple[int | str, ...]) -> int:
     """64 bits of BLAKE2b over the typed, length-prefixed coordinates: ("1",) is not (1,)."""
@@ -46,4 +48,4 @@ def noise(
     is not touched. ValueError for no coordinate or one that is neither int nor str.
     """
     drawn = torch.randn(shape, generator=generator(*coordinates), dtype=torch.float32, device="cpu")
-    return drawn.to(device)
+    return to_device(drawn, device)

@@ -12,6 +12,7 @@ from megatron_kvpo.algorithm.energy import step_energy
 from megatron_kvpo.config import EnergyConfig
 from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
 from megatron_kvpo.model.causal_wan import TextKeys
+from megatron_kvpo.parallel.transfer import indices, to_device
 from megatron_kvpo.records import Trajectory
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
 from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_segment
@@ -73,7 +74,7 @@ def replay(
     """
     world, group, plan = sampled.prefix.world, sampled.group, sampled.group.plan
     index, graph = list(rows), grad or push is not None
-    latent_BFCHW = group.latent_NFCHW[index]
+    latent_BFCHW = group.latent_NFCHW[indices(index, group.latent_NFCHW.device)]
     with torch.set_grad_enabled(graph):
         texts = _Texts(world, encode, sampled, len(index), push is not None)
         tally = _Tally(sampled, config, index, push, keep, reference_BPTFCHW)
@@ -140,7 +141,8 @@ class _Tally:
         keep: bool, reference_BPTFCHW: Tensor | None,
     ) -> None:  # fmt: skip
         stream = sampled.prefix.world.stream
-        self._recorded, self._config, self._index = replay_targets(sampled), config, index
+        self._recorded, self._config = replay_targets(sampled), config
+        self._index = indices(index, sampled.group.latent_NFCHW.device)
         self._sigmas = sampler_sigmas(stream.steps, stream.shift)
         self._push, self._reference = push, reference_BPTFCHW
         zero = sampled.group.latent_NFCHW.new_zeros(len(index), dtype=torch.float32)
@@ -223,7 +225,8 @@ def replay_targets(sampled: SampledGroup) -> Trajectory:
     if world.routing.exploration != "noise":
         return trajectory
     sigmas = sampler_sigmas(world.stream.steps, world.stream.shift)
-    sigma = torch.tensor(sigmas, device=trajectory.state_NPTFCHW.device).view(1, 1, -1, 1, 1, 1, 1)
+    device = trajectory.state_NPTFCHW.device
+    sigma = to_device(torch.tensor(sigmas), device).view(1, 1, -1, 1, 1, 1, 1)
     clean = clean_from_velocity(trajectory.state_NPTFCHW, trajectory.velocity_NPTFCHW, sigma)
     anchor = sampled.group.sequences.index(world.routing.num_branches)
     state = trajectory.state_NPTFCHW[anchor : anchor + 1].expand_as(clean)

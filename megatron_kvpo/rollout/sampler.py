@@ -11,6 +11,7 @@ from megatron_kvpo.config import ModelConfig, StreamConfig
 from megatron_kvpo.flow import add_noise, clean_from_velocity, next_state, sampler_sigmas
 from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
 from megatron_kvpo.parallel.seeds import noise
+from megatron_kvpo.parallel.transfer import indices
 from megatron_kvpo.records import Prompt
 from megatron_kvpo.rollout.stream import Stream, World
 
@@ -149,7 +150,7 @@ def _switch(
     model = stream.world.model
     changed = encode_segment(model, encode, [prompts[i] for i in rows], stream.frame)
     whole = stream.text.layers
-    index = torch.tensor(rows, device=latent_BFCHW.device)
+    index = indices(rows, latent_BFCHW.device)
     merged = tuple(
         (key.index_copy(0, index, new_key), value.index_copy(0, index, new_value))
         for (key, value), (new_key, new_value) in zip(whole, changed.layers, strict=True)

@@ -17,6 +17,7 @@ from megatron_kvpo.flow import timestep
 from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
 from megatron_kvpo.model.memory_bank import MemoryBank, commit
 from megatron_kvpo.model.pages import PagePool, PageTable, PassPages
+from megatron_kvpo.parallel.transfer import indices
 from megatron_kvpo.routing import plain_context, routed_context
 from megatron_kvpo.stopwatch import stage
 
@@ -218,8 +219,8 @@ class Stream:
         device = latent_BFCHW.device
         pages = PassPages(
             self.world.pool,
-            torch.tensor(context, dtype=torch.long, device=device).view(len(self.tables), -1),
-            None if own is None else torch.tensor(own, dtype=torch.long, device=device),
+            indices(context, device).view(len(self.tables), -1),
+            None if own is None else indices(own, device),
             own_from,
             num_memory=self._num_sink + len(self.banks[0].slots),
             num_chosen=self.world.memory.sparse_frames if self.world.memory.sparse else 0,
