@@ -6,6 +6,7 @@ tokens for heads around the attention itself (Ulysses). For one rank it is the i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -38,18 +39,20 @@ class WideRMSNorm(nn.Module):
 
     def forward(self, x_LBD: Tensor) -> Tensor:
         """Normalise in float32: x / sqrt(mean(x^2) + eps) * weight, mean over all ranks."""
-        return rms_scaled(x_LBD, self._total(x_LBD), self.weight, self._dim, self._eps)
+        (total,) = totals(self._spec, x_LBD)
+        return rms_scaled(x_LBD, total, self.weight, self._dim, self._eps)
 
-    def rotated(self, x_LBD: Tensor, table_2LE: Tensor) -> Tensor:
-        """Normalise, cut into heads and turn them by their tokens' phases: [L, B, A, E]."""
-        total = self._total(x_LBD)
-        return rms_rotated(x_LBD, total, self.weight, table_2LE, self._dim, self._eps)
+    def rotated(self, x_LBD: Tensor, total_LB1: Tensor | None, table_2LE: Tensor) -> Tensor:
+        """Normalise by `totals`, cut into heads, turn these by their tokens' phases: LBAE."""
+        return rms_rotated(x_LBD, total_LB1, self.weight, table_2LE, self._dim, self._eps)
 
-    def _total(self, x_LBD: Tensor) -> Tensor | None:
-        """Sum of squares over all ranks' features; None if this rank has them all."""
-        if self._spec.ranks.tensor.size == 1:
-            return None
-        return self._spec.sum_features(sum_of_squares(x_LBD))
+
+def totals(spec: Spec, *parts_LBD: Tensor) -> Sequence[Tensor | None]:
+    """Sum of squares over all ranks' features of each, in one exchange; None: this rank has all."""
+    if spec.ranks.tensor.size == 1:
+        return [None] * len(parts_LBD)
+    summed = spec.sum_features(torch.cat([sum_of_squares(x) for x in parts_LBD], dim=-1))
+    return summed.chunk(len(parts_LBD), dim=-1)
 
 
 class _Attention(nn.Module):
@@ -81,9 +84,12 @@ class SelfAttention(_Attention):
         Writes own keys (after rotation) and values where `pages` says. `mask_LM`: True is seen;
         only for passes without a cache.
         """
-        query = self.norm_q.rotated(self.q(hidden_LBD), table)
-        key = self.norm_k.rotated(self.k(hidden_LBD), table)
-        value = self._heads(self.v(hidden_LBD))
+        whole = self._spec.gather_input(hidden_LBD)
+        query, key, value = (layer(whole, gathered=True) for layer in (self.q, self.k, self.v))
+        of_query, of_key = totals(self._spec, query, key)
+        query = self.norm_q.rotated(query, of_query, table)
+        key = self.norm_k.rotated(key, of_key, table)
+        value = self._heads(value)
         query, key, value = (tokens_to_heads(x, self._spec) for x in (query, key, value))
         key, value = key.transpose(0, 1), value.transpose(0, 1)
         if pages is not None:
@@ -97,8 +103,10 @@ class CrossAttention(_Attention):
 
     def encode(self, text_XBD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of embedded texts: two [B, X, A, E]."""
-        key = self._heads(self.norm_k(self.k(text_XBD)))
-        return key.transpose(0, 1), self._heads(self.v(text_XBD)).transpose(0, 1)
+        text_XBD = self._spec.gather_input(text_XBD)
+        key = self._heads(self.norm_k(self.k(text_XBD, gathered=True)))
+        value = self._heads(self.v(text_XBD, gathered=True))
+        return key.transpose(0, 1), value.transpose(0, 1)
 
     def forward(self, hidden_LBD: Tensor, key_BXAE: Tensor, value_BXAE: Tensor) -> Tensor:
         """[L, B, D] -> [L, B, D]."""

@@ -6,7 +6,6 @@ One spec so far, Megatron's own linear layers; a Transformer Engine spec takes t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_kvpo.config import ModelConfig, ParallelConfig, PolicyConfig
 from megatron_kvpo.model.lora import Adapter, Switch, mark_sharded
-from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.parallel.groups import Axis, Ranks
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -95,6 +94,10 @@ class Spec:
             hidden_LBD, tensor_parallel_output_grad=False
         )
 
+    def gather_input(self, x_LBD: Tensor) -> Tensor:
+        """All tokens for several column layers at once, which are then told that they have them."""
+        return gather_tokens(x_LBD, self.ranks.tensor) if self.sequence else x_LBD
+
     def local_tokens(self, x_LB: Tensor) -> Tensor:
         """split_tokens for what every rank computes alike: no gradient travels between ranks.
 
@@ -168,38 +171,66 @@ class _Adapted(nn.Module):
                 in_dim, out_dim, rank, alpha, partition, sequence=spec.sequence
             ).to(spec.ranks.device)
 
-    def forward(self, x: Tensor, *arguments: Any) -> Tensor:
-        out, _ = super().forward(x, *arguments)
+    def acting(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and scale of the adapter that acts, if one does."""
         slot = self._switch.slot
         if self.adapter is None or slot is None:
-            return out  # type: ignore[no-any-return]
-        down = nn.functional.linear(x, self.adapter.lora_A[slot].to(x.dtype))
-        if self._axis.size > 1:
-            down = self.share(down)
-        up = nn.functional.linear(down, self.adapter.lora_B[slot].to(x.dtype))
-        return torch.add(out, up, alpha=self.adapter.scale)
-
-    def share(self, down_LBR: Tensor) -> Tensor:
-        """Bring the rank-wide activation to where B needs it."""
-        raise NotImplementedError
+            return None
+        down, up = self.adapter.lora_A[slot], self.adapter.lora_B[slot]
+        return down.to(dtype), up.to(dtype), self.adapter.scale
 
 
 class _Column(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
-    def share(self, down_LBR: Tensor) -> Tensor:
-        if self._sequence:
-            return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
-                down_LBR, group=self._axis.group
-            )
-        return mappings.copy_to_tensor_model_parallel_region(  # type: ignore[no-any-return]
-            down_LBR, self._axis.group
-        )
+    """Under sequence parallelism its input is gathered here, once for weight and adapter.
+
+    What goes back to the input is then each rank's part, and so is the gradient of A, which
+    Megatron sums over the tensor ranks.
+    """
+
+    def attach(self, spec: Spec, in_dim: int, out_dim: int, partition: int) -> None:
+        super().attach(spec, in_dim, out_dim, partition)
+        if spec.sequence:  # leave the tokens to us
+            self.sequence_parallel = self.allreduce_dgrad = False
+            self.disable_grad_reduce = True
+
+    def forward(self, x: Tensor, *, gathered: bool = False) -> Tensor:
+        if self._sequence and not gathered:
+            x = gather_tokens(x, self._axis)
+        out, _ = super().forward(x)
+        found = self.acting(x.dtype)
+        if found is None:
+            return out  # type: ignore[no-any-return]
+        down, up, scale = found
+        narrow = nn.functional.linear(x, down)
+        if self._axis.size > 1 and not self._sequence:
+            narrow = mappings.copy_to_tensor_model_parallel_region(narrow, self._axis.group)
+        return torch.add(out, nn.functional.linear(narrow, up), alpha=scale)
 
 
 class _Row(_Adapted, RowParallelLinear):  # type: ignore[misc]
-    def share(self, down_LBR: Tensor) -> Tensor:
-        region = (
-            mappings.reduce_scatter_to_sequence_parallel_region
-            if self._sequence
-            else mappings.reduce_from_tensor_model_parallel_region
-        )
-        return region(down_LBR, group=self._axis.group)  # type: ignore[no-any-return]
+    """Under sequence parallelism weight and adapter are summed over the ranks together."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.acting(x.dtype)
+        if found is None:
+            return super().forward(x)[0]  # type: ignore[no-any-return]
+        down, up, scale = found
+        narrow = nn.functional.linear(x, down)
+        if self._sequence:
+            part = nn.functional.linear(x, self.weight)
+            part = torch.add(part, nn.functional.linear(narrow, up), alpha=scale)
+            whole = mappings.reduce_scatter_to_sequence_parallel_region(
+                part, group=self._axis.group
+            )
+            return whole + self.bias  # type: ignore[no-any-return]
+        if self._axis.size > 1:
+            narrow = mappings.reduce_from_tensor_model_parallel_region(narrow, self._axis.group)
+        out, _ = super().forward(x)
+        return torch.add(out, nn.functional.linear(narrow, up), alpha=scale)
+
+
+def gather_tokens(x_LBD: Tensor, axis: Axis) -> Tensor:
+    """All tokens, from the tensor ranks' shares; backward sums the ranks' gradients of each."""
+    return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
+        x_LBD, tensor_parallel_output_grad=True, group=axis.group
+    )

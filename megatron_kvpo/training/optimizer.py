@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -95,7 +97,7 @@ class Optimizer:
         self._inner = inner
         self._config = config
         self._ranks = ranks
-        self._reduced = False
+        self._reduced = self._any = False
         self._prime()
         self.gradient_norm = math.nan
         """Norm over all ranks' shares at the last step, before clipping. NaN before the first."""
@@ -125,7 +127,21 @@ class Optimizer:
         """Start an update: forget all gradients."""
         self._wrapped.zero_grad_buffer()
         self._inner.zero_grad(set_to_none=True)
-        self._reduced = False
+        self._reduced = self._any = False
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Sum the backward passes inside by themselves, then add that to what there is.
+
+        So a sum over groups has the same bits whether one rank has them or several.
+        """
+        before = [buffer.grad_data.clone() for buffer in self._wrapped.buffers] if self._any else []
+        for buffer in self._wrapped.buffers if before else ():
+            buffer.grad_data.zero_()
+        yield
+        for buffer, held in zip(self._wrapped.buffers, before, strict=bool(before)):
+            buffer.grad_data.add_(held)
+        self._any = True
 
     def finalize(self) -> None:
         """Average the gradients over replicas. Once per update, after the last backward."""

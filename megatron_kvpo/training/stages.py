@@ -116,25 +116,36 @@ class Stages:
 
         The drift counts if `reference` holds velocities. Returns its mean over all branches.
         """
-        most, scale = self.config.policy.max_rows, self.policy.optimizer.loss_scale
-        rows = list(range(len(self.branches)))
         drift_weight = self.config.loss.drift_coefficient / weight_PG.numel()
-        velocities = reference.velocities if reference else ()
-        drifts = []
+        kept = reference.velocities if reference else ()
+        velocities = kept or [None] * len(groups)
+        drifts: list[Tensor] = []
         with stage("backward"), self.policy.acting("current"):
-            for number, (sampled, weight_G) in enumerate(zip(groups, weight_PG, strict=True)):
-                weight_B = weight_G[self.branches.start : self.branches.stop]
-                noises = self.noises(update, sampled.group.prompt.index)
-                for part in (rows[i : i + most] for i in range(0, len(rows), most)):
-                    target = velocities[number][part] if velocities else None
-                    push = Push(weight_B=weight_B[part], drift_weight=drift_weight, scale=scale)
-                    found = replay(
-                        sampled, self.encode, noises, self.config.energy, part, push=push,
-                        reference_BPTFCHW=target,
-                    )  # fmt: skip
-                    drifts.append(found.drift_B)
+            for sampled, weight_G, target in zip(groups, weight_PG, velocities, strict=True):
+                with self.policy.optimizer.part():
+                    drifts += self._push(update, sampled, weight_G, drift_weight, target)
         sizes = [size * len(groups) for size in self._sizes]
         return gather_rows(torch.cat(drifts), self.ranks.branch, sizes).mean()
+
+    def _push(
+        self, update: int, sampled: SampledGroup, weight_G: Tensor, drift_weight: float,
+        target_NPTFCHW: Tensor | None,
+    ) -> list[Tensor]:  # fmt: skip
+        """One group's branches of this rank, policy.max_rows at a time. Their drifts."""
+        most, scale = self.config.policy.max_rows, self.policy.optimizer.loss_scale
+        noises = self.noises(update, sampled.group.prompt.index)
+        weight_B = weight_G[self.branches.start : self.branches.stop]
+        drifts = []
+        for first in range(0, len(weight_B), most):
+            rows = range(first, min(first + most, len(weight_B)))
+            part = slice(rows.start, rows.stop)
+            push = Push(weight_B=weight_B[part], drift_weight=drift_weight, scale=scale)
+            found = replay(
+                sampled, self.encode, noises, self.config.energy, rows, push=push,
+                reference_BPTFCHW=None if target_NPTFCHW is None else target_NPTFCHW[part],
+            )  # fmt: skip
+            drifts.append(found.drift_B)
+        return drifts
 
     def _whole(self, score_KN: Tensor) -> Tensor:
         """All branches and the anchor, from this rank's branches and the anchor."""

@@ -107,7 +107,7 @@ def sent_backward(tiny: small.Small, *shares: Stages) -> dict[str, torch.Tensor]
     tiny.policy.optimizer.zero_grad()
     for stages, groups, weight_PG in shares:
         drifts = stages.config.loss.drift_coefficient > 0
-        reference = stages.energies(0, groups, "reference", keep=True) if drifts else None
+        reference = stages.energies(0, groups, "reference", keep=drifts)
         stages.backward(0, groups, weight_PG, reference)
     found = {name: p.main_grad.clone() for name, p in tiny.policy.trained().items()}
     tiny.policy.optimizer.zero_grad()
