@@ -102,7 +102,7 @@ class DrawnRewards(Scorer):
         tables = []
         for group in groups:
             if self._decoder is not None:
-                for _ in self._decoder._decoded(group.latent_NFCHW):
+                for _ in self._decoder.decoded(group.latent_NFCHW, group.plan.fork_frame):
                     pass
             shape = (len(self.components), len(group.sequences))
             rng = generator("benchmark", group.prompt.index)

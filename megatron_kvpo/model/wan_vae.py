@@ -151,13 +151,18 @@ class WanVae:
         """A whole video's latents -> `frames_BFCHW`, F pixel frames, float32 RGB in [0, 1]."""
         return self.decode_branches(latent_BFCHW, 0)
 
-    @torch.no_grad()
     def decode_branches(self, latent_BFCHW: Tensor, shared_frames: int) -> Tensor:
         """`decode_pixels` of rows that share their first `shared_frames` latents: these run once.
 
         With F latents and B rows, shared + B (F - shared) latents are decoded instead of B F.
         ValueError if the rows differ in what they are said to share.
         """
+        parts = list(self.decode_rows(latent_BFCHW, shared_frames))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @torch.no_grad()
+    def decode_rows(self, latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
+        """The same, `max_rows` rows at a time: pixels of all of them need not fit in memory."""
         self._check_latents(latent_BFCHW)
         num_rows, num_latents = latent_BFCHW.shape[:2]
         if not 0 <= shared_frames <= num_latents:
@@ -166,19 +171,20 @@ class WanVae:
         if not bool((latent_BFCHW[:, :shared_frames] == prefix_BFCHW).all()):
             raise ValueError(f"the rows differ within their first {shared_frames} latent frames")
         height, width = (self.spatial_stride * n for n in latent_BFCHW.shape[-2:])
-        shape = (num_rows, self.num_pixel_frames(num_latents), 3, height, width)
-        frames_BFCHW = torch.empty(shape, device=latent_BFCHW.device)
+        shape = (self.num_pixel_frames(num_latents), 3, height, width)
         slots, done = _empty_slots(self._vae.decoder), 0
         with self.resident(latent_BFCHW.device):
+            begun_1FCHW = torch.empty(1, *shape, device=latent_BFCHW.device)
             if shared_frames:
-                done = self._write(frames_BFCHW[:1], prefix_BFCHW, slots, 0)
-                frames_BFCHW[1:, :done] = frames_BFCHW[:1, :done]
+                done = self._write(begun_1FCHW, prefix_BFCHW, slots, 0)
             trunk = DecoderCache(features=tuple(slots))
             for rows in self._chunks(num_rows):
                 tails = latent_BFCHW[rows, shared_frames:]
+                frames_BFCHW = torch.empty(len(tails), *shape, device=latent_BFCHW.device)
+                frames_BFCHW[:, :done] = begun_1FCHW[:, :done]
                 branch = trunk.fork(len(tails)) if shared_frames else trunk
-                self._write(frames_BFCHW[rows], tails, list(branch.features), done)
-        return frames_BFCHW
+                self._write(frames_BFCHW, tails, list(branch.features), done)
+                yield frames_BFCHW
 
     def _write(
         self, frames_BFCHW: Tensor, latent_BFCHW: Tensor, slots: list[Feature], done: int

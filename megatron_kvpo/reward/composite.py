@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from megatron_kvpo.world import pixel_start
 
 Decode = Callable[[Tensor], Tensor]
 """latent_BFCHW of whole videos from frame 0 -> pixels [B, 4F - 3, 3, H, W] in [0, 1]."""
+
+DecodeRows = Callable[[Tensor, int], Iterable[Tensor]]
+"""The same for rows that share their first latent frames, a few rows at a time."""
 
 _ROWS_PER_DECODE = 16
 
@@ -69,8 +72,14 @@ class _Cut:
 class Scorer:
     """Scores videos by the rewards a config names."""
 
-    def __init__(self, config: RewardConfig, stream: StreamConfig, decode: Decode) -> None:
-        """Build the rewards. ValueError: an unknown component, or nothing to train on."""
+    def __init__(
+        self, config: RewardConfig, stream: StreamConfig, decode: Decode,
+        decode_rows: DecodeRows | None = None,
+    ) -> None:  # fmt: skip
+        """Build the rewards. ValueError: an unknown component, or nothing to train on.
+
+        `decode_rows` serves where rows share a prefix, if it is given.
+        """
         if not config.weights or not sum(config.weights.values()):
             raise ValueError(
                 f"reward.weights {config.weights} name no reward to train on: give at least one "
@@ -82,7 +91,7 @@ class Scorer:
             name: build_reward(name) for name in (*config.weights, *config.held_out)
         }
         self._stream = stream
-        self._decode = decode
+        self._decode, self._decode_rows = decode, decode_rows
 
     def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RewardTable]:
         """Score every row of each group, in the group's row order.
@@ -103,7 +112,7 @@ class Scorer:
         cuts = [local, *globals_]
         shared: dict[_Cut, Tensor] = {}
         parts: list[Tensor] = []
-        for frames_BFCHW in self._decoded(group.latent_NFCHW):
+        for frames_BFCHW in self.decoded(group.latent_NFCHW, group.plan.fork_frame):
             columns = []
             for cut in cuts:
                 if cut.stop <= fork:
@@ -148,19 +157,26 @@ class Scorer:
         clips = [clip_of(frames, prompt, cut.start, cut.stop) for frames in frames_BFCHW]
         return torch.stack([self._rewards[name].score(clips) for name in self.components])
 
-    def _decoded(self, latent_BFCHW: Tensor) -> Iterable[Tensor]:
-        """Pixels of a few rows at a time, float32 [b, 4F - 3, 3, H, W]. Each row decodes once."""
+    def decoded(self, latent_BFCHW: Tensor, shared_frames: int = 0) -> Iterator[Tensor]:
+        """Pixels of a few rows at a time, float32 [b, 4F - 3, 3, H, W]. Each row decodes once.
+
+        The first `shared_frames` latents are the same in all rows.
+        """
         num_pixel_frames = pixel_start(latent_BFCHW.shape[1])
-        for part in torch.split(latent_BFCHW, _ROWS_PER_DECODE):
+        parts: Iterator[Tensor] = map(self._decode, torch.split(latent_BFCHW, _ROWS_PER_DECODE))
+        if self._decode_rows is not None:
+            parts = iter(self._decode_rows(latent_BFCHW, shared_frames))
+        while True:
             with stage("decode"):
-                frames = self._decode(part).float()
-            if frames.shape[:3] != (len(part), num_pixel_frames, 3):
+                frames = next(parts, None)
+            if frames is None:
+                return
+            if frames.shape[1:3] != (num_pixel_frames, 3):
                 raise ValueError(
-                    f"decode returned {tuple(frames.shape)}: {len(part)} videos of "
-                    f"{latent_BFCHW.shape[1]} latent frames have {num_pixel_frames} RGB pixel "
-                    "frames each"
+                    f"decode returned {tuple(frames.shape)}: videos of {latent_BFCHW.shape[1]} "
+                    f"latent frames have {num_pixel_frames} RGB pixel frames each"
                 )
-            yield frames
+            yield frames.float()
 
     @torch.no_grad()
     def score_videos(self, latent_BFCHW: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
@@ -173,7 +189,7 @@ class Scorer:
             raise ValueError(f"{len(prompts)} prompts for {len(latent_BFCHW)} videos")
         scores: dict[str, list[Tensor]] = {name: [] for name in self._rewards}
         done = 0
-        for frames_BFCHW in self._decoded(latent_BFCHW):
+        for frames_BFCHW in self.decoded(latent_BFCHW):
             clips = [
                 clip_of(frames, prompt, 0, len(frames))
                 for frames, prompt in zip(frames_BFCHW, prompts[done:], strict=False)
@@ -181,6 +197,8 @@ class Scorer:
             done += len(clips)
             for name, reward in self._rewards.items():
                 scores[name].append(reward.score(clips))
+        if done != len(latent_BFCHW):
+            raise ValueError(f"decode returned {done} videos for {len(latent_BFCHW)} rows")
         return {name: torch.cat(parts) for name, parts in scores.items()}
 
     def composite(self, scores: dict[str, Tensor]) -> Tensor:

@@ -15,6 +15,7 @@ from megatron_kvpo.checkpoint.state import load, newest, save
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
 from megatron_kvpo.model.specs import check_layout
+from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.parallel.collect import gather_rows, shares
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import Energies, LossOutput, Prompt
@@ -78,7 +79,8 @@ class Run:
         )  # fmt: skip
         world = new_world(policy.model, config.stream, config.routing, 0, config.memory,
                           pages=pages)  # fmt: skip
-        scorer = Scorer(config.reward, config.stream, codec.decode_pixels)
+        rows = codec.decode_rows if isinstance(codec, WanVae) else None
+        scorer = Scorer(config.reward, config.stream, codec.decode_pixels, rows)
         stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)
         stages = Stages(config, ranks, policy, world, encode, scorer, stream)
         evaluator = Evaluator(config, ranks, policy, world, encode, scorer, codec, held_out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -213,6 +213,27 @@ def test_scoring_builds_no_graph() -> None:
     assert not scorer.score_videos(group.latent_NFCHW, [group.prompt] * 2)[
         "visual_quality"
     ].requires_grad
+
+
+def test_rows_that_share_a_prefix_may_be_decoded_together_a_few_at_a_time(
+    spies: dict[str, Spy],
+) -> None:
+    asked = []
+
+    def decode_rows(latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
+        asked.append(shared_frames)
+        for part in latent_BFCHW.split(2):
+            yield decode(part)
+
+    group = group_of(numbered(5), fork=12)
+    (plain,) = Scorer(config(), STREAM, decode).score_groups([group])
+    (found,) = Scorer(config(), STREAM, decode, decode_rows).score_groups([group])
+    assert torch.equal(found.local_KN, plain.local_KN)
+    assert torch.equal(found.global_KN, plain.global_KN)
+    assert asked == [12]
+    lost = Scorer(config(), STREAM, decode, lambda latent, _: [decode(latent[1:])])
+    with pytest.raises(ValueError, match="decode returned 2 videos for 3 rows"):
+        lost.score_videos(numbered(3), [PROMPT] * 3)
 
 
 def test_inference_mode_frames_are_scored() -> None:
