@@ -40,6 +40,8 @@ from tools import benchmark_report, provenance
 
 logger = log.get_logger("megatron_kvpo.tools.benchmark")
 
+_MODULE = "tools.benchmark"
+
 _LARGEST_SEARCH = 10_000
 """Updates looked through for one whose groups all fork at --fork."""
 
@@ -63,13 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """One recipe on the ranks there are. The first rank returns the record, the others None."""
     with tempfile.TemporaryDirectory() as folder:
-        config = quiet(load_config(options.recipe, options.overrides), Path(folder), options)
+        config = quiet(load_config(options.recipe, options.overrides), Path(folder))
         run = Run.start(config)
         try:
-            if options.decode:
-                run.stages.scorer = DrawnRewards(config, run.stages.scorer)
-            else:
-                run.stages.scorer = DrawnRewards(config, None)
+            run.stages.scorer = DrawnRewards(run.stages.scorer, decode=options.decode)
             first = first_update(config, options.fork, options.stale, run)
             ceiling = matmul_ceiling(run.ranks.device, config.model.torch_dtype)
             watches = list(updates(run, config, first, options))
@@ -79,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
             log.setup(run.first)  # the folder of run.log goes
 
 
-def quiet(config: RunConfig, folder: Path, options: argparse.Namespace) -> RunConfig:
+def quiet(config: RunConfig, folder: Path) -> RunConfig:
     """The recipe without evaluation, checkpoints and reports."""
     return dataclasses.replace(
         config, folder=folder, num_updates=_LARGEST_SEARCH,
@@ -90,27 +89,27 @@ def quiet(config: RunConfig, folder: Path, options: argparse.Namespace) -> RunCo
     )  # fmt: skip
 
 
-class DrawnRewards(Scorer):
-    """Scores drawn from a normal distribution, and the decoding in front of them if it counts."""
+class DrawnRewards:
+    """Stands in for a scorer: its scores are drawn; `decode` has it decode in front of them."""
 
-    def __init__(self, config: RunConfig, decoder: Scorer | None) -> None:
-        super().__init__(config.reward, config.stream, lambda latent: latent)
-        self._decoder = decoder
+    def __init__(self, scorer: Scorer, *, decode: bool) -> None:
+        self._scorer, self._decode = scorer, decode
 
     def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RewardTable]:
         """See Scorer.score_groups."""
+        components = self._scorer.components
+        weights = tuple(self._scorer.config.weights.values())
         tables = []
         for group in groups:
-            if self._decoder is not None:
-                for _ in self._decoder.decoded(group.latent_NFCHW, group.plan.fork_frame):
+            if self._decode:
+                for _ in self._scorer.decoded(group.latent_NFCHW, group.plan.fork_frame):
                     pass
-            shape = (len(self.components), len(group.sequences))
+            shape = (len(components), len(group.sequences))
             rng = generator("benchmark", group.prompt.index)
             local, whole = (
                 torch.randn(shape, generator=rng).to(group.latent_NFCHW.device) for _ in range(2)
             )
-            weights = tuple(self.config.weights.values())
-            tables.append(RewardTable(components=self.components, weights=weights,
+            tables.append(RewardTable(components=components, weights=weights,
                                       local_KN=local, global_KN=whole))  # fmt: skip
         return tables
 
@@ -120,13 +119,13 @@ def first_update(config: RunConfig, fork: int | None, stale: bool, run: Run) -> 
 
     `stale`: one in which the sampling policy is not the current one, so that it is replayed too.
     """
-    legal, period = legal_forks(config.stream, config.routing), config.policy
+    legal = legal_forks(config.stream, config.routing)
+    period = config.policy.rollouts_per_policy_sync
     if fork is not None and fork not in legal:
         raise ValueError(f"--fork {fork} is no legal fork: {legal}")
-    if stale and period.rollouts_per_policy_sync == 1:
+    if stale and period == 1:
         raise ValueError("--stale: policy.rollouts_per_policy_sync 1 never samples by old weights")
-    start = period.rollouts_per_policy_sync + stale
-    for update in range(start, _LARGEST_SEARCH, period.rollouts_per_policy_sync):
+    for update in range(period + stale, _LARGEST_SEARCH, period):
         if fork is None or forks_of(config, run, update) == {fork}:
             return update
     raise ValueError(f"no update of the first {_LARGEST_SEARCH} forks at {fork} in all groups")
@@ -200,23 +199,13 @@ def record(
                      sum(s.passes for s in watches[0].stages.values()), ceiling)  # fmt: skip
     return {
         "name": options.output.stem,
-        **_made(run.ranks.world),
+        **provenance.made_by(_MODULE, run.ranks.world),
         "matmul_ceiling_tflops": ceiling,
         "fork": options.fork,
         "update": whole,
         "stages": stages,
         **_memory(run.ranks),
         "config": settings.to_mapping(run.config),
-    }
-
-
-def _made(ranks: int) -> dict[str, Any]:
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": provenance.commit(),
-        "command": shlex.join(["python", "-m", "tools.benchmark", *sys.argv[1:]]),
-        "versions": provenance.versions(),
-        "machine": provenance.machine(ranks),
     }
 
 
@@ -249,7 +238,7 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
                 groups = size if kind == "weak" else 1
                 layout = f"parallel.branch={size if kind == 'strong' else 1}"
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node", str(size), "-m", "tools.benchmark",
+                           "--nproc_per_node", str(size), "-m", _MODULE,
                            str(options.recipe), *options.overrides, layout,
                            f"policy.groups_per_update={groups}", "--output", str(path),
                            "--updates", str(options.updates), "--warmup", str(options.warmup),
@@ -259,7 +248,7 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
                 logger.info("%s", shlex.join(command))
                 subprocess.run(command, check=True)
                 runs.append({"kind": kind, "ranks": size, **json.loads(path.read_text())})
-    return {"name": options.output.stem, **_made(max(sizes)), "runs": runs}
+    return {"name": options.output.stem, **provenance.made_by(_MODULE, max(sizes)), "runs": runs}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +19,7 @@ from megatron_kvpo import log, settings
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.video_file import VideoWriter
 from megatron_kvpo.parallel.groups import Ranks, is_first
+from megatron_kvpo.stopwatch import Stopwatch
 from tools import provenance
 
 logger = log.get_logger("megatron_kvpo.tools.generate")
@@ -61,7 +60,7 @@ class Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.stages: dict[str, list[float]] = {}
-        self._device, self._started = device, time.monotonic()
+        self._started = time.monotonic()
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -73,11 +72,9 @@ class Clock:
     @contextmanager
     def measure(self, stage: str) -> Iterator[None]:
         """Add what happens inside to a stage."""
-        started = time.monotonic()
-        yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        self.stages.setdefault(stage, []).append(time.monotonic() - started)
+        with Stopwatch() as watch:
+            yield
+        self.stages.setdefault(stage, []).append(watch.seconds)
 
 
 def record(
@@ -88,11 +85,7 @@ def record(
         return
     found: dict[str, Any] = {
         "name": options.record.stem,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": provenance.commit(),
-        "command": shlex.join(["python", "-m", "tools.generate", *sys.argv[1:]]),
-        "versions": provenance.versions(),
-        "machine": provenance.machine(ranks.world),
+        **provenance.made_by("tools.generate", ranks.world),
         "latent_frames": num_frames,
     }
     for stage, seconds in clock.stages.items():

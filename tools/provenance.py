@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +38,17 @@ def versions() -> dict[str, str]:
     """Python's and those of the packages that figures depend on."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
+
+
+def made_by(module: str, ranks: int) -> dict[str, Any]:
+    """The head of a record: when, from what, by which command, on what."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "versions": versions(),
+        "machine": machine(ranks),
+    }
 
 
 def machine(ranks: int) -> dict[str, str | int]:

@@ -30,6 +30,7 @@ from megatron_kvpo.checkpoint.stores import (
     SafetensorsStore,
     Store,
 )
+from megatron_kvpo.model.frozen import indexed_files
 from megatron_kvpo.model.lora import SLOTS
 from megatron_kvpo.model.weights import bare_name
 
@@ -135,8 +136,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     """The safetensors files of a model's folder: those of its index, or the only one."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        names = json.loads(indices[0].read_text())["weight_map"]
-        yield from (folder / name for name in sorted(set(names.values())))
+        yield from indexed_files(indices[0])
         return
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_kvpo import log
-from megatron_kvpo.model.umt5 import clean_text
+from megatron_kvpo.model.umt5 import clean_text, padded
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _METADATA_KEY = "prompt_embeddings"
@@ -113,11 +113,9 @@ class EmbeddingCache:
         ValueError for a text that is not in the cache, naming it and the command that adds it.
         """
         self.require(texts)
-        text_BXD = torch.zeros(len(texts), self.text_length, self.text_dim)
-        for row, text in enumerate(texts):
-            tokens_XD = self._file.get_tensor(text_key(self.manifest.encoder, text))
-            text_BXD[row, : len(tokens_XD)] = tokens_XD.float()
-        return text_BXD
+        keys = [text_key(self.manifest.encoder, text) for text in texts]
+        tokens = [self._file.get_tensor(key) for key in keys]
+        return padded(tokens, self.text_length, self.text_dim)
 
     def require(self, texts: Sequence[str]) -> None:
         """Raise ValueError unless every text is there: to be asked before a run begins."""

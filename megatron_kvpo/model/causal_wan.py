@@ -133,8 +133,7 @@ class CausalWan(nn.Module):
         rows, frames = latent_BFCHW.shape[:2]
         tokens, ranks = self.model_config.tokens_per_frame, self.spec.ranks
         seen = frames if pages is None else frames - pages.own_from + pages.read_BM.shape[1]
-        adapted = self.spec.lora is not None and self.spec.switch.slot is not None
-        rank = self.spec.lora[0] if adapted and self.spec.lora else 0
+        rank = self.spec.lora[0] if self.spec.lora and self.spec.switch.slot else 0
         one = pass_flops(self.model_config, frames * tokens, seen * tokens, rank,
                          graph=torch.is_grad_enabled())  # fmt: skip
         stopwatch.count(rows * one / (ranks.tensor.size * ranks.context.size), rows)

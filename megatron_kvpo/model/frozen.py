@@ -6,6 +6,7 @@ Safetensors, or `torch.load(weights_only=True)`: no file that is read here can r
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,12 @@ def read_safetensors(paths: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
                     yield name, file.get_tensor(name)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
+
+
+def indexed_files(index: Path) -> tuple[Path, ...]:
+    """The files that a `*.safetensors.index.json` names, beside it, each once."""
+    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return tuple(index.parent / name for name in sorted(set(names)))
 
 
 def open_pickle(path: Path) -> Any:

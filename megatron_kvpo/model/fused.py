@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_kvpo.model.pages import gather_pages
 from megatron_kvpo.model.rope import rotate
 
 
@@ -50,6 +51,13 @@ def sum_of_squares(x_LBD: Tensor) -> Tensor:
     return x_LBD.float().square().sum(dim=-1, keepdim=True)
 
 
+def _rms(x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float) -> Tensor:
+    wide = x_LBD.float()
+    if total_LB1 is None:
+        total_LB1 = wide.square().sum(dim=-1, keepdim=True)
+    return (wide * torch.rsqrt(total_LB1 / dim + eps)).to(x_LBD.dtype) * weight_D
+
+
 @fused
 def rms_scaled(
     x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float
@@ -58,10 +66,7 @@ def rms_scaled(
 
     `total` is the sum of squares over all `dim` features of which x holds a share; None: x has all.
     """
-    wide = x_LBD.float()
-    if total_LB1 is None:
-        total_LB1 = wide.square().sum(dim=-1, keepdim=True)
-    return (wide * torch.rsqrt(total_LB1 / dim + eps)).to(x_LBD.dtype) * weight_D
+    return _rms(x_LBD, total_LB1, weight_D, dim, eps)
 
 
 @fused
@@ -70,17 +75,11 @@ def rms_rotated(
     eps: float,
 ) -> Tensor:  # fmt: skip
     """`rms_scaled`, cut into heads of twice the table's width, each turned: [L, B, A, E]."""
-    wide = x_LBD.float()
-    if total_LB1 is None:
-        total_LB1 = wide.square().sum(dim=-1, keepdim=True)
-    normed = (wide * torch.rsqrt(total_LB1 / dim + eps)).to(x_LBD.dtype) * weight_D
+    normed = _rms(x_LBD, total_LB1, weight_D, dim, eps)
     return rotate(normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1]), table_2LE)
 
 
 @fused
 def joined(page_NTAE: Tensor, pages_BM: Tensor, own_BLAE: Tensor) -> Tensor:
     """Each row's pages, in order, then the pass's own tokens: [B, M * T + L, A, E]."""
-    rows, frames = pages_BM.shape
-    cached = page_NTAE.index_select(0, pages_BM.reshape(-1))
-    cached = cached.view(rows, frames * page_NTAE.shape[1], *page_NTAE.shape[2:])
-    return torch.cat([cached, own_BLAE], dim=1)
+    return torch.cat([gather_pages(page_NTAE, pages_BM), own_BLAE], dim=1)

@@ -55,13 +55,7 @@ class PagePool:
 
     def read(self, layer: int, pages_BM: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of frames' pages: [B, M] page numbers -> two [B, M * tokens, A, E]."""
-        rows, frames = pages_BM.shape
-        flat = pages_BM.reshape(-1)
-        shape = (rows, frames * self.key.shape[2], *self.key.shape[3:])
-        return (
-            self.key[layer].index_select(0, flat).view(shape),
-            self.value[layer].index_select(0, flat).view(shape),
-        )
+        return gather_pages(self.key[layer], pages_BM), gather_pages(self.value[layer], pages_BM)
 
     def write(self, layer: int, pages_BF: Tensor, key_BLAE: Tensor, value_BLAE: Tensor) -> None:
         """Fill pages from one pass's own keys and values; they leave the graph."""
@@ -80,6 +74,13 @@ class PagePool:
         """Mean of each page's keys over its tokens, in float32: [B, M] -> [B, M, A, E]."""
         keys = self.key[layer].index_select(0, pages_BM.reshape(-1))
         return keys.mean(dim=1, dtype=torch.float32).view(*pages_BM.shape, *self.key.shape[3:])
+
+
+def gather_pages(page_NTAE: Tensor, pages_BM: Tensor) -> Tensor:
+    """The tokens of each row's pages, in order: [B, M * T, A, E]."""
+    rows, frames = pages_BM.shape
+    found = page_NTAE.index_select(0, pages_BM.reshape(-1))
+    return found.view(rows, frames * page_NTAE.shape[1], *page_NTAE.shape[2:])
 
 
 class PageTable:

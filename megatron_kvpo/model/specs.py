@@ -96,7 +96,7 @@ class Spec:
 
     def gather_input(self, x_LBD: Tensor) -> Tensor:
         """All tokens for several column layers at once, which are then told that they have them."""
-        return gather_tokens(x_LBD, self.ranks.tensor) if self.sequence else x_LBD
+        return _gather_input(x_LBD, self.ranks.tensor) if self.sequence else x_LBD
 
     def local_tokens(self, x_LB: Tensor) -> Tensor:
         """split_tokens for what every rank computes alike: no gradient travels between ranks.
@@ -195,7 +195,7 @@ class _Column(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *, gathered: bool = False) -> Tensor:
         if self._sequence and not gathered:
-            x = gather_tokens(x, self._axis)
+            x = _gather_input(x, self._axis)
         out, _ = super().forward(x)
         found = self.acting(x.dtype)
         if found is None:
@@ -229,7 +229,7 @@ class _Row(_Adapted, RowParallelLinear):  # type: ignore[misc]
         return torch.add(out, nn.functional.linear(narrow, up), alpha=scale)
 
 
-def gather_tokens(x_LBD: Tensor, axis: Axis) -> Tensor:
+def _gather_input(x_LBD: Tensor, axis: Axis) -> Tensor:
     """All tokens, from the tensor ranks' shares; backward sums the ranks' gradients of each."""
     return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
         x_LBD, tensor_parallel_output_grad=True, group=axis.group

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_kvpo import log
-from megatron_kvpo.model.frozen import fill, read_pickle, read_safetensors, resident
+from megatron_kvpo.model.frozen import fill, indexed_files, read_pickle, read_safetensors, resident
 
 logger = log.get_logger(__name__)
 
@@ -106,11 +106,7 @@ class EncoderFiles:
 
 def _shards(folder: Path) -> tuple[Path, ...]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        paths = tuple(folder / name for name in sorted(names))
-    else:
-        paths = (single,)
+    paths = indexed_files(index) if index.is_file() else (single,)
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise ValueError(
@@ -129,6 +125,14 @@ def _tokenizer_folder(folder: Path) -> Path:
 def clean_text(text: str) -> str:
     """Wan's cleaning: HTML entities resolved twice, white space collapsed and stripped."""
     return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def padded(tokens: Sequence[Tensor], text_length: int, text_dim: int) -> Tensor:
+    """Embeddings [tokens, D] of some texts as one float32 `text_BXD`, zeros past each end."""
+    text_BXD = torch.zeros(len(tokens), text_length, text_dim)
+    for row, tokens_XD in enumerate(tokens):
+        text_BXD[row, : len(tokens_XD)] = tokens_XD.float()
+    return text_BXD
 
 
 class UMT5Encoder:
@@ -165,10 +169,7 @@ class UMT5Encoder:
 
         A text of more than text_length tokens is cut with a warning, or ValueError if strict.
         """
-        text_BXD = torch.zeros(len(texts), self.text_length, self.text_dim)
-        for row, tokens_XD in enumerate(self.embed(texts)):
-            text_BXD[row, : len(tokens_XD)] = tokens_XD.float()
-        return text_BXD
+        return padded(self.embed(texts), self.text_length, self.text_dim)
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> list[Tensor]:

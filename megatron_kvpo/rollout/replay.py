@@ -13,9 +13,9 @@ from megatron_kvpo.config import EnergyConfig
 from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
 from megatron_kvpo.model.causal_wan import TextKeys
 from megatron_kvpo.parallel.transfer import indices, to_device
-from megatron_kvpo.records import Trajectory
+from megatron_kvpo.records import Prompt, Trajectory
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
-from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_segment
+from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_for_rows
 from megatron_kvpo.rollout.stream import Stream, World
 
 
@@ -73,12 +73,12 @@ def replay(
             these in the place of u.
     """
     world, group, plan = sampled.prefix.world, sampled.group, sampled.group.plan
-    index, graph = list(rows), grad or push is not None
-    latent_BFCHW = group.latent_NFCHW[indices(index, group.latent_NFCHW.device)]
+    graph, index_B = grad or push is not None, indices(list(rows), group.latent_NFCHW.device)
+    latent_BFCHW = group.latent_NFCHW[index_B]
     with torch.set_grad_enabled(graph):
-        texts = _Texts(world, encode, sampled, len(index), push is not None)
-        tally = _Tally(sampled, config, index, push, keep, reference_BPTFCHW)
-        stream = sampled.prefix.fork(len(index), texts.at(plan.fork_frame))
+        texts = _Texts(world, encode, group.prompt, len(rows), push is not None)
+        tally = _Tally(sampled, config, index_B, push, keep, reference_BPTFCHW)
+        stream = sampled.prefix.fork(len(rows), texts.at(plan.fork_frame))
         kept: list[Stream] = []
         for block in range(plan.num_blocks):
             if block and stream.frame in group.prompt.switch_frames:
@@ -95,26 +95,23 @@ def replay(
                 stream.commit(context, sigma=world.stream.context_noise)
         for held in (*kept, stream):
             held.release()
-    texts.push()
-    return tally.result()
+        texts.push()
+        return tally.result()
 
 
 class _Texts:
     """Text keys of a replay's segments, encoded once each; under `push` their graph waits."""
 
     def __init__(
-        self, world: World, encode: TextEncoder, sampled: SampledGroup, num_rows: int, push: bool
+        self, world: World, encode: TextEncoder, prompt: Prompt, num_rows: int, push: bool
     ) -> None:
-        self._world, self._encode, self._prompt = world, encode, sampled.group.prompt
-        self._push = push
-        device = sampled.group.latent_NFCHW.device
-        self._same = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._model, self._encode, self._prompt = world.model, encode, prompt
+        self._num_rows, self._push = num_rows, push
         self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def at(self, frame: int) -> TextKeys:
         """What the prompt says at a latent frame, one row each."""
-        text = encode_segment(self._world.model, self._encode, [self._prompt], frame)
-        text = text.select(self._same)
+        text = encode_for_rows(self._model, self._encode, self._prompt, frame, self._num_rows)
         if not self._push:
             return text
         return TextKeys(tuple((self._cut(key), self._cut(value)) for key, value in text.layers))
@@ -134,61 +131,56 @@ class _Texts:
 
 
 class _Tally:
-    """Adds up energies and drifts, velocity by velocity."""
+    """Adds up energies and drifts, velocity by velocity; under `push` each goes backward first."""
 
     def __init__(
-        self, sampled: SampledGroup, config: EnergyConfig, index: list[int], push: Push | None,
+        self, sampled: SampledGroup, config: EnergyConfig, index_B: Tensor, push: Push | None,
         keep: bool, reference_BPTFCHW: Tensor | None,
     ) -> None:  # fmt: skip
         stream = sampled.prefix.world.stream
-        self._recorded, self._config = replay_targets(sampled), config
-        self._index = indices(index, sampled.group.latent_NFCHW.device)
+        self._recorded, self._config, self._index_B = replay_targets(sampled), config, index_B
         self._sigmas = sampler_sigmas(stream.steps, stream.shift)
-        self._push, self._reference = push, reference_BPTFCHW
-        zero = sampled.group.latent_NFCHW.new_zeros(len(index), dtype=torch.float32)
-        self._energy_B, self._drift_B = zero, zero
-        self._kept: list[Tensor] | None = [] if keep else None
+        self._push, self._reference, self._keep = push, reference_BPTFCHW, keep
+        self._zero_B = sampled.group.latent_NFCHW.new_zeros(len(index_B), dtype=torch.float32)
+        num_blocks = sampled.group.plan.num_blocks
+        self._energies: list[list[Tensor]] = [[] for _ in range(num_blocks)]
+        self._drifts: list[list[Tensor]] = [[] for _ in range(num_blocks)]
+        self._velocities: list[list[Tensor]] = [[] for _ in range(num_blocks)]
 
     def state(self, block: int, step: int) -> Tensor:
         """What the policy is shown: the rows' noisy latents [B, F, C, H, W]."""
-        return self._recorded.state_NPTFCHW[self._index, block, step]
+        return self._recorded.state_NPTFCHW[self._index_B, block, step]
 
-    def add(self, block: int, velocity_T: Sequence[Tensor]) -> None:
-        """Count one block's velocities that are left to count, of its first steps."""
-        target_BTFCHW = self._recorded.velocity_NPTFCHW[self._index, block]
-        self._energy_B = self._energy_B + self._sum(velocity_T, target_BTFCHW)
-        if self._reference is not None:
-            drift_B = self._sum(velocity_T, self._reference[:, block])
-            self._drift_B = self._drift_B + drift_B
-        if self._kept is not None:
-            self._kept.append(torch.stack([v.detach() for v in velocity_T], dim=1))
-
-    def send(self, block: int, step: int, velocity: Tensor) -> Tensor:
-        """Under `push`, one pass backward. The velocity without its graph."""
-        push = self._push
-        if push is None:
-            return velocity
-        sigma, recorded = self._sigmas[step], self._recorded.velocity_NPTFCHW
-        target = recorded[self._index, block, step]
-        loss = (push.weight_B * step_energy(velocity, target, sigma, self._config)).sum()
+    def add(self, block: int, step: int, velocity: Tensor) -> None:
+        """Count what the policy made of a state."""
+        sigma, drift_B = self._sigmas[step], None
+        taken = self._recorded.velocity_NPTFCHW[self._index_B, block, step]
+        energy_B = step_energy(velocity, taken, sigma, self._config)
         if self._reference is not None:
             other = self._reference[:, block, step]
             drift_B = step_energy(velocity, other, sigma, self._config)
-            loss = loss + push.drift_weight * drift_B.sum()
-        (push.scale * loss).backward()  # type: ignore[no-untyped-call]
-        return velocity.detach()
-
-    def _sum(self, velocity_T: Sequence[Tensor], target_BTFCHW: Tensor) -> Tensor:
-        terms = [
-            step_energy(velocity, target_BTFCHW[:, step], self._sigmas[step], self._config)
-            for step, velocity in enumerate(velocity_T)
-        ]
-        return torch.stack(terms).sum(dim=0)
+        if self._push is not None:
+            loss = (self._push.weight_B * energy_B).sum()
+            if drift_B is not None:
+                loss = loss + self._push.drift_weight * drift_B.sum()
+            (self._push.scale * loss).backward()  # type: ignore[no-untyped-call]
+            energy_B, drift_B = energy_B.detach(), None if drift_B is None else drift_B.detach()
+        self._energies[block].append(energy_B)
+        if drift_B is not None:
+            self._drifts[block].append(drift_B)
+        if self._keep:
+            self._velocities[block].append(velocity.detach())
 
     def result(self) -> Replay:
-        """What was counted."""
-        kept = torch.stack(self._kept, dim=1) if self._kept is not None else None
-        return Replay(energy_B=self._energy_B, drift_B=self._drift_B, velocity_BPTFCHW=kept)
+        """What was counted, each block's steps summed first."""
+        kept = [torch.stack(steps, dim=1) for steps in self._velocities] if self._keep else None
+        return Replay(
+            energy_B=self._total(self._energies), drift_B=self._total(self._drifts),
+            velocity_BPTFCHW=None if kept is None else torch.stack(kept, dim=1),
+        )  # fmt: skip
+
+    def _total(self, blocks: list[list[Tensor]]) -> Tensor:
+        return sum((torch.stack(steps).sum(dim=0) for steps in blocks if steps), self._zero_B)
 
 
 def _replay_block(
@@ -196,7 +188,7 @@ def _replay_block(
 ) -> Tensor:
     """Count one block's velocities at the steps that count; its last clean estimate if wanted."""
     sigmas = sampler_sigmas(stream.world.stream.steps, stream.world.stream.shift)
-    velocity_T, predicted = [], torch.empty(0)
+    predicted = torch.empty(0)
     for step, sigma in enumerate(sigmas):
         counts = not graph or step < config.grad_steps
         wanted = predict and step + 1 == len(sigmas)
@@ -206,11 +198,9 @@ def _replay_block(
         with torch.set_grad_enabled(graph and counts):
             velocity = stream.velocity(state, sigma)
         if counts:
-            velocity = tally.send(block, step, velocity)
-            velocity_T.append(velocity)
+            tally.add(block, step, velocity)
         if wanted:
             predicted = clean_from_velocity(state, velocity.detach(), sigma)
-    tally.add(block, velocity_T)
     return predicted
 
 

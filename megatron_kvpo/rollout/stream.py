@@ -38,15 +38,14 @@ class World:
 
 def new_world(
     model: CausalWan, stream: StreamConfig, routing: RoutingConfig, rows: int,
-    memory: MemoryConfig = NO_BANK, *, pages: int | None = None,
+    memory: MemoryConfig = NO_BANK,
 ) -> World:  # fmt: skip
-    """A world whose pool holds `rows` private streams, each with a block in flight; or `pages`.
+    """A world whose pool holds `rows` private streams, each with a block in flight.
 
     With a bank each also has its slots, a staged frame and, while it commits, the slots to come.
     """
-    if pages is None:
-        frames = min(stream.resident_frames, stream.num_frames) + stream.block_frames
-        pages = rows * (frames + 2 * memory.bank_frames)
+    frames = min(stream.resident_frames, stream.num_frames) + stream.block_frames
+    pages = rows * (frames + 2 * memory.bank_frames)
     return World(model, model.new_pool(pages), stream, routing, memory)
 
 

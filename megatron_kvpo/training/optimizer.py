@@ -135,12 +135,13 @@ class Optimizer:
 
         So a sum over groups has the same bits whether one rank has them or several.
         """
-        before = [buffer.grad_data.clone() for buffer in self._wrapped.buffers] if self._any else []
-        for buffer in self._wrapped.buffers if before else ():
-            buffer.grad_data.zero_()
+        sums = [buffer.grad_data for buffer in self._wrapped.buffers] if self._any else []
+        before = [(total, total.clone()) for total in sums]
+        for total in sums:
+            total.zero_()
         yield
-        for buffer, held in zip(self._wrapped.buffers, before, strict=bool(before)):
-            buffer.grad_data.add_(held)
+        for total, held in before:
+            total.add_(held)
         self._any = True
 
     def finalize(self) -> None:

@@ -22,7 +22,7 @@ from megatron_kvpo.records import Energies, LossOutput, Prompt
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sizing import run_pages
-from megatron_kvpo.rollout.stream import new_world
+from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import legal_forks
 from megatron_kvpo.training.evaluate import Evaluator
 from megatron_kvpo.training.metrics import Metrics
@@ -77,8 +77,8 @@ class Run:
             videos=min(config.policy.max_rows,
                        len(held_out) * config.evaluation.noises_per_prompt),
         )  # fmt: skip
-        world = new_world(policy.model, config.stream, config.routing, 0, config.memory,
-                          pages=pages)  # fmt: skip
+        world = World(policy.model, policy.model.new_pool(pages), config.stream, config.routing,
+                      config.memory)  # fmt: skip
         rows = codec.decode_rows if isinstance(codec, WanVae) else None
         scorer = Scorer(config.reward, config.stream, codec.decode_pixels, rows)
         stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)

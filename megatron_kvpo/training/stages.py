@@ -137,8 +137,8 @@ class Stages:
         weight_B = weight_G[self.branches.start : self.branches.stop]
         drifts = []
         for first in range(0, len(weight_B), most):
-            rows = range(first, min(first + most, len(weight_B)))
-            part = slice(rows.start, rows.stop)
+            stop = min(first + most, len(weight_B))
+            rows, part = range(first, stop), slice(first, stop)
             push = Push(weight_B=weight_B[part], drift_weight=drift_weight, scale=scale)
             found = replay(
                 sampled, self.encode, noises, self.config.energy, rows, push=push,

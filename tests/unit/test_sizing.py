@@ -11,7 +11,7 @@ from megatron_kvpo.config import MemoryConfig
 from megatron_kvpo.rollout.replay import Push, replay
 from megatron_kvpo.rollout.sampler import generate_videos
 from megatron_kvpo.rollout.sizing import branch_pages, run_pages, video_pages
-from megatron_kvpo.rollout.stream import new_world
+from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import legal_forks
 from tests.unit import small
 
@@ -42,7 +42,8 @@ def worlds(ranks, memory: MemoryConfig, prompt, monkeypatch) -> tuple[small.Smal
     config, count = tiny.config, tiny.config.routing.num_branches + 1
     pages = run_pages(config.stream, config.routing, memory, [prompt], [prompt],
                       groups=1, sequences=count, videos=2)  # fmt: skip
-    world = new_world(tiny.model, config.stream, config.routing, 0, memory, pages=pages)
+    pool = tiny.model.new_pool(pages)
+    world = World(tiny.model, pool, config.stream, config.routing, memory)
     return dataclasses.replace(tiny, world=world), Lowest(world.pool, monkeypatch)
 
 
@@ -72,7 +73,7 @@ def test_videos_keep_their_window_only(ranks, prompt, monkeypatch):
     stream = tiny.config.stream
     pages = 2 * video_pages(stream, NO_BANK, [prompt])
     assert pages <= 2 * (stream.window_frames + stream.sink_frames)
-    world = new_world(tiny.model, stream, tiny.config.routing, 0, pages=pages)
+    world = World(tiny.model, tiny.model.new_pool(pages), stream, tiny.config.routing, NO_BANK)
     lowest = Lowest(world.pool, monkeypatch)
     tight = generate_videos(world, tiny.encode, [prompt] * 2, [0, 1], 5)
     assert lowest.free == 0
