@@ -49,9 +49,14 @@ class ParallelConfig:
     timeout_s: int = 600
     """A collective that waits longer ends the run."""
 
+    memory_gib: float | None = None
+    """What a rank may take of its GPU's memory; None is all."""
+
     def __post_init__(self) -> None:
         check_positive("parallel", tensor=self.tensor, context=self.context, branch=self.branch,
                   timeout_s=self.timeout_s)  # fmt: skip
+        if self.memory_gib is not None:
+            check_positive("parallel", memory_gib=self.memory_gib)
         if self.sequence_parallel and self.tensor == 1:
             raise ValueError("parallel.sequence_parallel shares tokens over the tensor ranks: "
                              "set parallel.tensor above 1")  # fmt: skip
@@ -92,6 +97,10 @@ class PolicyConfig:
     """Adapter to continue: a PEFT folder, a lora.pt, a LoRA file or a run's checkpoint. It is the
     reference too. None starts at the base."""
 
+    merge: bool = False
+    """Rollouts, replays and evaluations have the acting adapter in a copy of the weights, dithered
+    to their type: faster, and less exact; docs/numerics.md. The gradient's pass has it beside."""
+
     rollouts_per_policy_sync: int = 2
     """Updates between copies of the current policy into the one that samples."""
 
@@ -108,6 +117,8 @@ class PolicyConfig:
                 f"policy.adapter is {self.adapter} and policy.mode full: merge it first "
                 "(tools/convert_checkpoint.py export --to merged) or train with policy.mode lora"
             )
+        if self.merge and self.mode == "full":
+            raise ValueError("policy.merge merges adapters: set policy.mode lora, or leave it out")
         check_positive("policy", lora_rank=self.lora_rank, groups_per_update=self.groups_per_update,
                   rollouts_per_policy_sync=self.rollouts_per_policy_sync,
                   max_rows=self.max_rows)  # fmt: skip

@@ -43,6 +43,14 @@ class ModelConfig(WithPresets):
     """Of the base's weights, activations and pages. What trains is float32 whatever it is, and so
     are norms, rotation angles and the time embedding's sines."""
 
+    fp8: tuple[Literal["ffn", "attention", "text"], ...] = ()
+    """Families of linear layers that multiply in 8 bits (e4m3), on a frozen base: the feed-forward,
+    self-attention's, those to the text. Their adapters and all else stay as `dtype` says."""
+
+    fp8_scaling: Literal["row", "block"] = "row"
+    """A scale for each token and output feature (torch), or for 128 features of a token and 128 x
+    128 of a weight (Transformer Engine). Neither lets a row of a batch depend on another."""
+
     hidden_dim: int = 1536
     ffn_dim: int = 8960
     num_layers: int = 30
@@ -65,8 +73,12 @@ class ModelConfig(WithPresets):
     weights: Path | None = None
     """Any form that tools/convert_checkpoint.py reads; None initialises at random."""
 
-    recompute: bool = False
-    """Recompute each block's activations in backward."""
+    recompute: bool | Literal["auto"] = False
+    """Recompute the blocks' activations in backward: all, none, or (auto) those that do not fit in
+    the GPU's memory."""
+
+    cuda_graph_rows: int = 2
+    """Passes without gradient of at most so many rows are captured as CUDA graphs. 0: none."""
 
     def __post_init__(self) -> None:
         check_positive(
@@ -79,6 +91,8 @@ class ModelConfig(WithPresets):
                 f"model.hidden_dim {self.hidden_dim} over model.num_heads {self.num_heads} must be "
                 "an even whole number, the head size"
             )
+        if self.cuda_graph_rows < 0:
+            raise ValueError(f"model.cuda_graph_rows is {self.cuda_graph_rows}: use 0 or more")
         if self.patch[0] != 1:
             raise ValueError(f"model.patch is {self.patch}: a token spans 1 latent frame")
         if self.latent_height % self.patch[1] or self.latent_width % self.patch[2]:

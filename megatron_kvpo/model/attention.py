@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron_kvpo.model.fused import joined, rms_rotated, rms_scaled, sum_of_squares
+from megatron_kvpo.model.fused import Form, Tokens, joined, rms_rotated, rms_scaled, sum_of_squares
 from megatron_kvpo.model.lora import mark_sharded
 from megatron_kvpo.model.memory_bank import choose_frames
 from megatron_kvpo.model.pages import PassPages
@@ -58,15 +58,20 @@ def totals(spec: Spec, *parts_LBD: Tensor) -> Sequence[Tensor | None]:
 class _Attention(nn.Module):
     """The projections and norms that both kinds of attention have."""
 
-    def __init__(self, dim: int, num_heads: int, eps: float, spec: Spec) -> None:
+    def __init__(self, dim: int, num_heads: int, eps: float, spec: Spec, family: str) -> None:
         super().__init__()
         self._spec, self._head_dim = spec, dim // num_heads
-        self.q = spec.column(dim, dim)
-        self.k = spec.column(dim, dim)
-        self.v = spec.column(dim, dim)
-        self.o = spec.row(dim, dim)
+        self.q = spec.column(dim, dim, family)
+        self.k = spec.column(dim, dim, family)
+        self.v = spec.column(dim, dim, family)
+        self.o = spec.row(dim, dim, family)
         self.norm_q = WideRMSNorm(dim, eps, spec)
         self.norm_k = WideRMSNorm(dim, eps, spec)
+
+    @property
+    def form(self) -> Form:
+        """How it wants its input."""
+        return self.q.form  # type: ignore[return-value]
 
     def _heads(self, x_LBD: Tensor) -> Tensor:
         return x_LBD.view(*x_LBD.shape[:-1], -1, self._head_dim)
@@ -76,7 +81,7 @@ class SelfAttention(_Attention):
     """A pass's tokens attend to cached pages and to each other."""
 
     def forward(
-        self, hidden_LBD: Tensor, table: Tensor, layer: int, pages: PassPages | None,
+        self, hidden_LBD: Tokens, table: Tensor, layer: int, pages: PassPages | None,
         mask_LM: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """[L, B, D] -> [L, B, D]. Keys: the pages read, then the pass's own frames.
@@ -84,8 +89,8 @@ class SelfAttention(_Attention):
         Writes own keys (after rotation) and values where `pages` says. `mask_LM`: True is seen;
         only for passes without a cache.
         """
-        whole = self._spec.gather_input(hidden_LBD)
-        query, key, value = (layer(whole, gathered=True) for layer in (self.q, self.k, self.v))
+        whole = self._spec.share_input(hidden_LBD)
+        query, key, value = (part(whole, shared=True) for part in (self.q, self.k, self.v))
         of_query, of_key = totals(self._spec, query, key)
         query = self.norm_q.rotated(query, of_query, table)
         key = self.norm_k.rotated(key, of_key, table)
@@ -103,12 +108,12 @@ class CrossAttention(_Attention):
 
     def encode(self, text_XBD: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of embedded texts: two [B, X, A, E]."""
-        text_XBD = self._spec.gather_input(text_XBD)
-        key = self._heads(self.norm_k(self.k(text_XBD, gathered=True)))
-        value = self._heads(self.v(text_XBD, gathered=True))
+        whole = self._spec.share_input(text_XBD)
+        key = self._heads(self.norm_k(self.k(whole, shared=True)))
+        value = self._heads(self.v(whole, shared=True))
         return key.transpose(0, 1), value.transpose(0, 1)
 
-    def forward(self, hidden_LBD: Tensor, key_BXAE: Tensor, value_BXAE: Tensor) -> Tensor:
+    def forward(self, hidden_LBD: Tokens, key_BXAE: Tensor, value_BXAE: Tensor) -> Tensor:
         """[L, B, D] -> [L, B, D]."""
         query = self._heads(self.norm_q(self.q(hidden_LBD)))
         return self.o(attend(query, key_BXAE, value_BXAE, None).flatten(-2))  # type: ignore[no-any-return]

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from megatron_kvpo import stopwatch
 from megatron_kvpo.config import ModelConfig
+from megatron_kvpo.model.captured import CapturedPasses, Layers
 from megatron_kvpo.model.embeddings import (
     Head,
     TimeProjection,
@@ -23,18 +23,20 @@ from megatron_kvpo.model.embeddings import (
     unpatchify,
 )
 from megatron_kvpo.model.flops import pass_flops
+from megatron_kvpo.model.fused import without_graph
 from megatron_kvpo.model.layer import CausalBlock
 from megatron_kvpo.model.lora import mark_replicated
 from megatron_kvpo.model.pages import PagePool, PassPages
+from megatron_kvpo.model.recompute import Recompute
 from megatron_kvpo.model.rope import Rotary
-from megatron_kvpo.model.specs import Spec
+from megatron_kvpo.model.specs import Spec, prepare
 
 
 @dataclass(frozen=True, slots=True)
 class TextKeys:
     """Cross-attention keys and values of some texts, per layer."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: Layers
     """(key_BXAE, value_BXAE) of each layer."""
 
     def select(self, rows: Tensor) -> TextKeys:
@@ -68,10 +70,12 @@ class CausalWan(nn.Module):
             mark_replicated(parameter, sequence=False)
         grid = config.latent_height // config.patch[1], config.latent_width // config.patch[2]
         self._rotary = Rotary(config.head_dim, grid, config.max_frames)
+        self._captured, self._recompute = CapturedPasses(), Recompute()
         self.to(device)
         for name, parameter in self.named_parameters():
             if ".adapter." not in name:  # what trains stays float32
                 parameter.data = parameter.data.to(config.torch_dtype)
+        prepare(self)
 
     def new_pool(self, num_pages: int) -> PagePool:
         """A pool of pages for this rank's heads."""
@@ -109,21 +113,42 @@ class CausalWan(nn.Module):
         """
         if stopwatch.running():
             self._count(latent_BFCHW, pages)
-        rotary, share = self._rotary.table(frames, latent_BFCHW.device), self._context_share(frames)
+        table = self._rotary.table(frames, latent_BFCHW.device)
+        inputs = latent_BFCHW, timestep_BF, table, text.layers
+        if pages is not None and mask_LM is None and self._captures(latent_BFCHW):
+            return self._captured.run(self._compute, *inputs, pages, self.spec.switch.slot)
+        return self._compute(*inputs, pages, mask_LM)
+
+    def _captures(self, latent_BFCHW: Tensor) -> bool:
+        """Whether a pass is worth a CUDA graph, and its weights stay where they are."""
+        few = latent_BFCHW.shape[0] <= self.model_config.cuda_graph_rows
+        return few and without_graph(latent_BFCHW) and not self.spec.swaps
+
+    def _compute(
+        self, latent_BFCHW: Tensor, timestep_BF: Tensor, table_2LE: Tensor, text: Layers,
+        pages: PassPages | None, mask_LM: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The pass itself: nothing here waits for the GPU or depends on values."""
+        num_frames = latent_BFCHW.shape[1]
+        share = self._context_share(num_frames)
         hidden_LBD = self._embed(latent_BFCHW)[share]
         sine_FBD = sinusoid(timestep_BF.transpose(0, 1), self.model_config.sinusoid_dim)
         time_FBD = self.time_embedding(sine_FBD.to(self.model_config.torch_dtype))
         steps_FB6D = self.time_projection(time_FBD)
         hidden_LBD = self.spec.split_tokens(hidden_LBD)
         time_LBD, steps_LB6D = (
-            self._per_token(x, len(frames), share) for x in (time_FBD, steps_FB6D)
+            self._per_token(x, num_frames, share) for x in (time_FBD, steps_FB6D)
         )
-        for layer, (block, keys) in enumerate(zip(self.blocks, text.layers, strict=True)):
-            arguments = (hidden_LBD, steps_LB6D, keys, rotary[:, share], layer, pages, mask_LM)
-            if self.model_config.recompute and torch.is_grad_enabled():
-                hidden_LBD = checkpoint(block, *arguments, use_reentrant=False)
-            else:
-                hidden_LBD = block(*arguments)
+        rotary = table_2LE[:, share].contiguous()
+        arguments = [
+            (steps_LB6D, keys, rotary, layer, pages, mask_LM) for layer, keys in enumerate(text)
+        ]
+        if torch.is_grad_enabled():
+            mode = self.model_config.recompute
+            hidden_LBD = self._recompute.run(mode, list(self.blocks), hidden_LBD, arguments)
+        else:
+            for block, own in zip(self.blocks, arguments, strict=True):
+                hidden_LBD = block(hidden_LBD, *own)
         out_LBC = self.spec.gather_tokens(self.head(hidden_LBD, time_LBD))
         out_LBC = self.spec.gather_context(out_LBC)
         return unpatchify(out_LBC.float(), self.model_config.patch, self.model_config.frame_shape)
@@ -143,10 +168,10 @@ class CausalWan(nn.Module):
         patches_LBC = patchify(latent_BFCHW.to(weight.dtype), self.model_config.patch)
         return nn.functional.linear(patches_LBC, weight, self.patch_embedding.bias)
 
-    def _context_share(self, frames: Sequence[int]) -> slice:
+    def _context_share(self, num_frames: int) -> slice:
         """This context rank's contiguous share of the pass's tokens."""
         axis = self.spec.ranks.context
-        count = len(frames) * self.model_config.tokens_per_frame // axis.size
+        count = num_frames * self.model_config.tokens_per_frame // axis.size
         return slice(axis.rank * count, (axis.rank + 1) * count)
 
     def _per_token(self, x_FB: Tensor, num_frames: int, share: slice) -> Tensor:

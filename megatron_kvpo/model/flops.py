@@ -33,6 +33,8 @@ def pass_flops(
 ) -> int:
     """Operations of one row's pass, with those of its backward and recomputation under a graph.
 
+    Recomputation counts where all blocks recompute; what `auto` does depends on the memory.
+
     Backward of a frozen weight is one product (to the input), of an adapter two, of attention
     two and a half: it computes its scores again.
     """
@@ -41,4 +43,4 @@ def pass_flops(
     if not graph:
         return total
     backward = parts["linear"] + 2 * parts["lora"] + 2.5 * (parts["attention"] + parts["text"])
-    return round(total * (2 if model.recompute else 1) + backward)
+    return round(total * (2 if model.recompute is True else 1) + backward)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from megatron_kvpo.config import ModelConfig
 from megatron_kvpo.model.attention import CrossAttention, SelfAttention
-from megatron_kvpo.model.fused import gated_add, modulated_norm
+from megatron_kvpo.model.fused import Form, Tokens, gated_add, residual_norm
 from megatron_kvpo.model.lora import mark_replicated
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.model.specs import Spec
@@ -18,14 +20,19 @@ class FeedForward(nn.ModuleDict):
 
     def __init__(self, config: ModelConfig, spec: Spec) -> None:
         super().__init__({
-            "0": spec.column(config.hidden_dim, config.ffn_dim),
-            "2": spec.row(config.ffn_dim, config.hidden_dim),
+            "0": spec.column(config.hidden_dim, config.ffn_dim, "ffn"),
+            "2": spec.row(config.ffn_dim, config.hidden_dim, "ffn"),
         })  # fmt: skip
 
-    def forward(self, hidden_LBD: Tensor) -> Tensor:
+    def forward(self, hidden_LBD: Tokens) -> Tensor:
         """[L, B, D] -> [L, B, D]."""
-        wide = nn.functional.gelu(self["0"](hidden_LBD), approximate="tanh")
-        return self["2"](wide)  # type: ignore[no-any-return]
+        narrow: Any = self["2"]
+        return narrow(self["0"](hidden_LBD, gelu=narrow.form))  # type: ignore[no-any-return]
+
+    @property
+    def form(self) -> Form:
+        """How it wants its input."""
+        return self["0"].form  # type: ignore[return-value]
 
 
 class CausalBlock(nn.Module):
@@ -36,9 +43,9 @@ class CausalBlock(nn.Module):
         dim, eps, device = config.hidden_dim, config.eps, spec.ranks.device
         self._eps = eps
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim, device=device))
-        self.self_attn = SelfAttention(dim, config.num_heads, eps, spec)
+        self.self_attn = SelfAttention(dim, config.num_heads, eps, spec, "attention")
         self.norm3 = nn.LayerNorm(dim, eps, device=device)
-        self.cross_attn = CrossAttention(dim, config.num_heads, eps, spec)
+        self.cross_attn = CrossAttention(dim, config.num_heads, eps, spec, "text")
         self.ffn = FeedForward(config, spec)
         for parameter in (self.modulation, *self.norm3.parameters()):
             mark_replicated(parameter, sequence=spec.sequence)
@@ -53,9 +60,14 @@ class CausalBlock(nn.Module):
         x += gate2 * ffn(LN(x)(1 + scale2) + shift2).
         """
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0] + time_LB6D).unbind(2)
-        normed = modulated_norm(hidden_LBD, shift1, scale1, self._eps)
-        attended = self.self_attn(normed, table, layer, pages, mask_LM)
-        hidden_LBD = gated_add(hidden_LBD, attended, gate1)
-        hidden_LBD = hidden_LBD + self.cross_attn(self.norm3(hidden_LBD), *text)
-        normed = modulated_norm(hidden_LBD, shift2, scale2, self._eps)
+        attention, crossing, eps = self.self_attn, self.cross_attn, self._eps
+        _, normed = residual_norm(hidden_LBD, None, None, shift1, scale1, eps, form=attention.form)
+        hidden_LBD, normed = residual_norm(
+            hidden_LBD, attention(normed, table, layer, pages, mask_LM), gate1,
+            self.norm3.bias, self.norm3.weight, eps, plus_one=False, form=crossing.form,
+        )  # fmt: skip
+        hidden_LBD, normed = residual_norm(
+            hidden_LBD, crossing(normed, *text), None, shift2, scale2, eps,
+            form=self.ffn.form,
+        )  # fmt: skip
         return gated_add(hidden_LBD, self.ffn(normed), gate2)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -19,10 +20,44 @@ SLOTS = ("current", "old", "reference", "ema")
 
 
 class Switch:
-    """Which adapter slot acts in every adapted layer; None is the bare base."""
+    """Which adapter slot acts in every adapted layer; None is the bare base.
+
+    Choosing a slot readies its values to be computed with, so weights that change while their slot
+    is chosen act at the next choice.
+    """
 
     def __init__(self) -> None:
-        self.slot: str | None = None
+        self.adapters: list[Adapter] = []
+        self._slot: str | None = None
+
+    @property
+    def slot(self) -> str | None:
+        """The slot that acts."""
+        return self._slot
+
+    @slot.setter
+    def slot(self, slot: str | None) -> None:
+        self._slot = slot
+        for adapter in self.adapters:
+            adapter.choose(slot)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """A slot that acts: its parameters, and their values in the type that is computed with."""
+
+    down: nn.Parameter
+    """A [r, in], float32."""
+
+    up: nn.Parameter
+    """B [out, r], float32."""
+
+    acting_down: Tensor
+    acting_up: Tensor
+    """May be a strided view."""
+
+    scale: float
+    """What A^T B^T is still to be multiplied by: `acting_up` may hold the adapter's scale."""
 
 
 class Adapter(nn.Module):
@@ -33,10 +68,19 @@ class Adapter(nn.Module):
     """
 
     def __init__(
-        self, in_dim: int, out_dim: int, rank: int, alpha: float, partition: int, *, sequence: bool
-    ) -> None:
+        self, in_dim: int, out_dim: int, rank: int, alpha: float, partition: int, *,
+        sequence: bool, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        """`dtype` is the type that is computed with; the pairs themselves are float32."""
         super().__init__()
-        self.scale = alpha / rank
+        self.scale, self._dtype = alpha / rank, dtype
+        self.acting: LowRank | None = None
+        self._ready: LowRank | None = None
+        self.chosen: Callable[[LowRank | None], None] = lambda acting: None
+        """Told of every choice."""
+
+        self._place_down: Tensor | None = None
+        self._place_up: Tensor | None = None
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         for slot in SLOTS:
@@ -46,6 +90,38 @@ class Adapter(nn.Module):
             mark_sharded(sharded, partition)
             mark_replicated(whole, sequence=sequence)
             self.lora_A[slot], self.lora_B[slot] = down, up
+
+    @torch.no_grad()
+    def choose(self, slot: str | None) -> None:
+        """Act with this slot's values as they are now."""
+        if slot is None:
+            self.acting = None
+            self.chosen(None)
+            return
+        down, up = self.lora_A[slot], self.lora_B[slot]
+        if self._dtype == down.dtype and self._place_up is None:  # they are ready as they are
+            self._ready = LowRank(down, up, down.detach(), up.detach(), self.scale)
+        else:
+            self._place_down = _filled(self._place_down, down, self._dtype)
+            self._place_up = _filled(self._place_up, up, self._dtype).mul_(self.scale)
+            self._ready = LowRank(down, up, self._place_down, self._place_up, 1.0)
+        self.acting = self._ready
+        self.chosen(self.acting)
+
+    def holds(self, acting: LowRank) -> bool:
+        """Whether its values are still there: no other slot was chosen since."""
+        return self._ready is not None and acting.down is self._ready.down
+
+    def place_up(self, place: Tensor) -> None:
+        """Ready B here, [out, r], instead of in memory of its own."""
+        self._place_up = place
+
+
+@torch.no_grad()
+def _filled(place: Tensor | None, value: Tensor, dtype: torch.dtype) -> Tensor:
+    if place is None:
+        place = torch.empty(value.shape, dtype=dtype, device=value.device)
+    return place.copy_(value)
 
 
 def mark_sharded(parameter: nn.Parameter, dim: int) -> None:

@@ -6,14 +6,17 @@ One spec so far, Megatron's own linear layers; a Transformer Engine spec takes t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_kvpo.config import ModelConfig, ParallelConfig, PolicyConfig
+from megatron_kvpo.model.eight_bits import check_scaling
+from megatron_kvpo.model.fused import EightBits, Form, Tokens, without_graph
 from megatron_kvpo.model.lora import Adapter, Switch, mark_sharded
+from megatron_kvpo.model.product import Weight, make_margin, product
 from megatron_kvpo.parallel.groups import Axis, Ranks
 
 
@@ -47,37 +50,56 @@ class Spec:
     lora: tuple[int, float] | None
     """LoRA rank and alpha, or None for bare layers."""
 
+    eight_bits: tuple[str, ...] = ()
+    """Families of layers whose products are FP8: see model.fp8."""
+
+    scaling: str = "row"
+    """Of these products: see model.fp8_scaling."""
+
+    swaps: bool = False
+    """Whether the policies are whole weights, exchanged for each other."""
+
+    merges: bool = False
+    """Whether passes without a graph have the acting adapter in their weights: policy.merge."""
+
     @staticmethod
     def build(
         model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, policy: PolicyConfig | None
     ) -> Spec:
         """Spec of a model that trains by `policy`; None builds bare layers, for pre-training."""
         check_layout(model, parallel)
-        lora = None
+        lora, merges, swaps = None, False, False
         if policy is not None and policy.mode == "lora":
-            lora = (policy.lora_rank, policy.lora_alpha)
-        return Spec(transformer_config(model, parallel), ranks, Switch(), lora)
+            lora, merges = (policy.lora_rank, policy.lora_alpha), policy.merge
+        elif policy is not None:
+            swaps = True
+        if model.fp8:
+            check_scaling(model.fp8_scaling, ranks.device)
+        return Spec(
+            transformer_config(model, parallel), ranks, Switch(), lora, eight_bits=model.fp8,
+            scaling=model.fp8_scaling, swaps=swaps, merges=merges,
+        )  # fmt: skip
 
     @property
     def sequence(self) -> bool:
         """Whether tokens are shared over the tensor ranks between linear layers."""
         return bool(self.megatron.sequence_parallel)
 
-    def column(self, in_dim: int, out_dim: int) -> nn.Module:
-        """Linear whose output features are shared over the tensor ranks."""
+    def column(self, in_dim: int, out_dim: int, family: str) -> nn.Module:
+        """Linear whose output features are shared over the tensor ranks. See model.fp8."""
         layer = _Column(
             in_dim, out_dim, config=self.megatron, init_method=nn.init.zeros_, bias=True
         )
-        layer.attach(self, in_dim, out_dim // self.ranks.tensor.size, partition=0)
+        layer.attach(self, in_dim, out_dim // self.ranks.tensor.size, 0, family)
         return layer
 
-    def row(self, in_dim: int, out_dim: int) -> nn.Module:
-        """Linear whose input features are shared over the tensor ranks."""
+    def row(self, in_dim: int, out_dim: int, family: str) -> nn.Module:
+        """Linear whose input features are shared over the tensor ranks. See model.fp8."""
         layer = _Row(
             in_dim, out_dim, config=self.megatron, init_method=nn.init.zeros_, bias=True,
             input_is_parallel=True, skip_bias_add=False,
         )  # fmt: skip
-        layer.attach(self, in_dim // self.ranks.tensor.size, out_dim, partition=1)
+        layer.attach(self, in_dim // self.ranks.tensor.size, out_dim, 1, family)
         return layer
 
     def split_tokens(self, hidden_LBD: Tensor) -> Tensor:
@@ -94,9 +116,9 @@ class Spec:
             hidden_LBD, tensor_parallel_output_grad=False
         )
 
-    def gather_input(self, x_LBD: Tensor) -> Tensor:
-        """All tokens for several column layers at once, which are then told that they have them."""
-        return _gather_input(x_LBD, self.ranks.tensor) if self.sequence else x_LBD
+    def share_input(self, x_LBD: Tokens) -> Tokens:
+        """What several column layers take at once; they are then told that it is `shared`."""
+        return _share_input(x_LBD, self.ranks.tensor, sequence=self.sequence)
 
     def local_tokens(self, x_LB: Tensor) -> Tensor:
         """split_tokens for what every rank computes alike: no gradient travels between ranks.
@@ -156,81 +178,93 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, block_frames: int
 
 
 class _Adapted(nn.Module):
-    """Adds the active adapter's output to a linear layer's. Mixed into Megatron's classes."""
+    """A linear layer's product, with the active adapter's. Mixed into Megatron's classes.
+
+    Megatron makes and marks the parameters; what travels between the ranks is said below.
+    """
 
     weight: nn.Parameter
+    bias: nn.Parameter
     adapter: Adapter | None
 
-    def attach(self, spec: Spec, in_dim: int, out_dim: int, partition: int) -> None:
-        self._switch, self._sequence, self._axis = spec.switch, spec.sequence, spec.ranks.tensor
+    def attach(self, spec: Spec, in_dim: int, out_dim: int, partition: int, family: str) -> None:
+        self._sequence, self._axis, self._partition = spec.sequence, spec.ranks.tensor, partition
         mark_sharded(self.weight, partition)  # Megatron does so only where it initialises
+        scaling = spec.scaling if family in spec.eight_bits else None
+        merges = len(spec.switch.adapters) if spec.merges else None
+        self._held, self._margin = Weight(self.weight, scaling, merges), 0
         self.adapter = None
         if spec.lora is not None:
             rank, alpha = spec.lora
             self.adapter = Adapter(
-                in_dim, out_dim, rank, alpha, partition, sequence=spec.sequence
-            ).to(spec.ranks.device)
+                in_dim, out_dim, rank, alpha, partition, sequence=spec.sequence,
+                dtype=self.weight.dtype,
+            ).to(spec.ranks.device)  # fmt: skip
+            spec.switch.adapters.append(self.adapter)
+            self.adapter.chosen = self._held.merge
 
-    def acting(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, float] | None:
-        """A, B and scale of the adapter that acts, if one does."""
-        slot = self._switch.slot
-        if self.adapter is None or slot is None:
-            return None
-        down, up = self.adapter.lora_A[slot], self.adapter.lora_B[slot]
-        return down.to(dtype), up.to(dtype), self.adapter.scale
+    def prepare(self) -> None:
+        """On a GPU: let B stand in the margin of the weight, whose memory and type are final."""
+        bare = self._held.scaling is None and self._held.merges is None
+        if self.adapter is not None and self.weight.is_cuda and bare:
+            self._margin = next(iter(self.adapter.lora_A.values())).shape[0]
+            self.adapter.place_up(make_margin(self.weight, self._margin))
+
+    @property
+    def form(self) -> Form:
+        """How whoever makes this layer's input should leave it, where tokens are not exchanged."""
+        if self._sequence:
+            return Form()
+        acts = self.adapter is not None and self.adapter.acting is not None
+        if self._held.scaling == "row":
+            return Form(eight_bits=True, whole=acts and not self._held.acts_merged)
+        return Form(margin=self._margin) if acts and without_graph(self.weight) else Form()
+
+    def product(self, x: Tokens, bias: Tensor | None, gelu: Form | None = None) -> Any:
+        """This rank's part. Under sequence parallelism Megatron sums the adapter's gradients."""
+        group = None if self._sequence or self._axis.size == 1 else self._axis.group
+        return product(
+            x, self._held, bias, self.adapter, gelu=gelu, partition=self._partition, group=group
+        )
+
+
+def prepare(model: nn.Module) -> None:
+    """Once a model's parameters have their device and type: ready its linear layers for it."""
+    for module in model.modules():
+        if isinstance(module, _Adapted):
+            module.prepare()
 
 
 class _Column(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
-    """Under sequence parallelism its input is gathered here, once for weight and adapter.
+    """Its input is made whole here, once for weight and adapter, and once for several layers."""
 
-    What goes back to the input is then each rank's part, and so is the gradient of A, which
-    Megatron sums over the tensor ranks.
-    """
-
-    def attach(self, spec: Spec, in_dim: int, out_dim: int, partition: int) -> None:
-        super().attach(spec, in_dim, out_dim, partition)
-        if spec.sequence:  # leave the tokens to us
-            self.sequence_parallel = self.allreduce_dgrad = False
-            self.disable_grad_reduce = True
-
-    def forward(self, x: Tensor, *, gathered: bool = False) -> Tensor:
-        if self._sequence and not gathered:
-            x = _gather_input(x, self._axis)
-        out, _ = super().forward(x)
-        found = self.acting(x.dtype)
-        if found is None:
-            return out  # type: ignore[no-any-return]
-        down, up, scale = found
-        narrow = nn.functional.linear(x, down)
-        if self._axis.size > 1 and not self._sequence:
-            narrow = mappings.copy_to_tensor_model_parallel_region(narrow, self._axis.group)
-        return torch.add(out, nn.functional.linear(narrow, up), alpha=scale)
+    def forward(self, x: Tokens, *, shared: bool = False, gelu: Form | None = None) -> Any:
+        """`shared`: x comes from Spec.share_input. `gelu`: apply it, and leave it in this form."""
+        if not shared:
+            x = _share_input(x, self._axis, sequence=self._sequence)
+        return self.product(x, self.bias, gelu)
 
 
 class _Row(_Adapted, RowParallelLinear):  # type: ignore[misc]
-    """Under sequence parallelism weight and adapter are summed over the ranks together."""
+    """Weight and adapter are summed over the ranks together."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        found = self.acting(x.dtype)
-        if found is None:
-            return super().forward(x)[0]  # type: ignore[no-any-return]
-        down, up, scale = found
-        narrow = nn.functional.linear(x, down)
+    def forward(self, x: Tokens) -> Tensor:
+        if self._axis.size == 1:
+            return self.product(x, self.bias)  # type: ignore[no-any-return]
+        part, group = self.product(x, None), self._axis.group
         if self._sequence:
-            part = nn.functional.linear(x, self.weight)
-            part = torch.add(part, nn.functional.linear(narrow, up), alpha=scale)
-            whole = mappings.reduce_scatter_to_sequence_parallel_region(
-                part, group=self._axis.group
-            )
-            return whole + self.bias  # type: ignore[no-any-return]
-        if self._axis.size > 1:
-            narrow = mappings.reduce_from_tensor_model_parallel_region(narrow, self._axis.group)
-        out, _ = super().forward(x)
-        return torch.add(out, nn.functional.linear(narrow, up), alpha=scale)
+            whole = mappings.reduce_scatter_to_sequence_parallel_region(part, group=group)
+        else:
+            whole = mappings.reduce_from_tensor_model_parallel_region(part, group)
+        return whole + self.bias  # type: ignore[no-any-return]
 
 
-def _gather_input(x_LBD: Tensor, axis: Axis) -> Tensor:
-    """All tokens, from the tensor ranks' shares; backward sums the ranks' gradients of each."""
-    return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
-        x_LBD, tensor_parallel_output_grad=True, group=axis.group
-    )
+def _share_input(x_LBD: Tokens, axis: Axis, *, sequence: bool) -> Tokens:
+    """All tokens on every tensor rank; backward sums the ranks' gradients of each."""
+    if axis.size == 1 or isinstance(x_LBD, EightBits):
+        return x_LBD
+    if sequence:
+        return mappings.gather_from_sequence_parallel_region(  # type: ignore[no-any-return]
+            x_LBD, tensor_parallel_output_grad=True, group=axis.group
+        )
+    return mappings.copy_to_tensor_model_parallel_region(x_LBD, axis.group)  # type: ignore[no-any-return]

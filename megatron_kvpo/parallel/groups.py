@@ -129,6 +129,15 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
 
+def _limit_memory(device: torch.device, gib: float | None) -> None:
+    total = torch.cuda.get_device_properties(device).total_memory / 2**30
+    if gib is not None and gib > total:
+        raise ValueError(
+            f"parallel.memory_gib is {gib}, the GPU has {total:.1f} GiB: lower it, or leave it out"
+        )
+    torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib / total, device)
+
+
 def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
     """Join the other ranks and divide them by `config`. Collective: every rank calls it.
 
@@ -147,6 +156,7 @@ def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] =
         check_sizes(int(os.environ.get("WORLD_SIZE", "1")), config)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+        _limit_memory(place, config.memory_gib)
     else:
         _share_cores()
         install_cpu_megatron()

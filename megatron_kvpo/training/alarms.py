@@ -102,24 +102,25 @@ def _movement(stages: Stages, sampled: SampledGroup) -> float:
     """How far the velocity moves when the current weights are changed and then put back."""
     trained = stages.policy.trained()
     kept = {name: p.detach().clone() for name, p in trained.items()}
-    with stages.policy.acting("current"):
-        before = _first_velocity(stages, sampled)
-        for name, p in trained.items():
-            p.add_(PROBE * noise(tuple(p.shape), "alarm", name, device=p.device))
-        after = _first_velocity(stages, sampled)
-        for name, p in trained.items():
-            p.copy_(kept[name])
+    before = _first_velocity(stages, sampled)
+    for name, p in trained.items():
+        p.add_(PROBE * noise(tuple(p.shape), "alarm", name, device=p.device))
+    after = _first_velocity(stages, sampled)
+    for name, p in trained.items():
+        p.copy_(kept[name])
     return float((after - before).abs().max())
 
 
 def _first_velocity(stages: Stages, sampled: SampledGroup) -> Tensor:
-    """The acting policy's velocity of the anchor's first recorded state."""
-    text = encode_segment(
-        stages.world.model, stages.encode, [sampled.group.prompt], sampled.group.plan.fork_frame
-    )
-    stream = sampled.prefix.fork(1, text)
-    velocity = stream.velocity(sampled.group.trajectory.state_NPTFCHW[-1:, 0, 0], 1.0)
-    stream.release()
+    """The current policy's velocity of the anchor's first recorded state."""
+    with stages.policy.acting("current"):
+        text = encode_segment(
+            stages.world.model, stages.encode, [sampled.group.prompt],
+            sampled.group.plan.fork_frame,
+        )  # fmt: skip
+        stream = sampled.prefix.fork(1, text)
+        velocity = stream.velocity(sampled.group.trajectory.state_NPTFCHW[-1:, 0, 0], 1.0)
+        stream.release()
     return velocity
 
 

@@ -166,7 +166,7 @@ def test_recompute_gives_the_same_gradients(ranks):
         tiny = small.build(ranks, f"model.recompute={recompute}")
         tiny.stir("current", "old")
         sampled, counted = tiny.roll_out(), []
-        tiny.model.blocks[0].norm3.register_forward_hook(
+        tiny.model.blocks[0].ffn.register_forward_hook(
             lambda *_, counted=counted: counted.append(1)
         )
         with tiny.policy.acting("current"):

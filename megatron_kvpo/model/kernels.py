@@ -1,0 +1,249 @@
+"""Kernels of a pass without a graph: what moves memory between matrix products and attention.
+
+Each reads what it needs once and writes once; a pass's speed limit for them is the memory's. They
+are Triton's, so this module is imported on a GPU only. `fused.py` says what each computes.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_CHUNK = 8192
+"""Elements that one program copies."""
+
+
+@triton.jit
+def _norm_kernel(
+    x, update, gate, shift, scale, total, out, tokens, unit, dim, gate_rows, gate_row, mod_rows,
+    mod_row, out_row, eps,
+    ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, ONE: tl.constexpr,
+    WHOLE: tl.constexpr, EIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    live = column < dim
+    value = tl.load(x + row * dim + column, mask=live, other=0.0).to(tl.float32)
+    if ADD:
+        change = tl.load(update + row * dim + column, mask=live, other=0.0).to(tl.float32)
+        if GATE:
+            at = (row % gate_rows) * gate_row + column
+            change *= tl.load(gate + at, mask=live, other=0.0).to(tl.float32)
+        rounded = (value + change).to(total.dtype.element_ty)
+        tl.store(total + row * dim + column, rounded, mask=live)
+        value = rounded.to(tl.float32)
+    if NORM:
+        mean = tl.sum(value, axis=0) / dim
+        centred = tl.where(live, value - mean, 0.0)
+        deviation = tl.sum(centred * centred, axis=0) / dim
+        normed = centred * tl.rsqrt(deviation + eps)
+        at = (row % mod_rows) * mod_row + column
+        factor = tl.load(scale + at, mask=live, other=0.0).to(tl.float32)
+        if ONE:
+            factor += 1.0
+        normed = normed * factor + tl.load(shift + at, mask=live, other=0.0).to(tl.float32)
+        if WHOLE:
+            tl.store(out + row * out_row + column, normed.to(out.dtype.element_ty), mask=live)
+        if EIGHT > 0:
+            normed = tl.where(live, normed.to(x.dtype.element_ty).to(tl.float32), 0.0)
+            _store_eight(normed, tokens, unit, row, column, live, dim, EIGHT)
+
+
+@triton.jit
+def _store_eight(value, tokens, unit, row, column, live, dim, LIMIT: tl.constexpr):
+    one = tl.maximum(tl.max(tl.abs(value), axis=0) / LIMIT, 1e-12)
+    tl.store(unit + row, one)
+    value = tl.minimum(tl.maximum(value / one, -LIMIT), LIMIT)
+    tl.store(tokens + row * dim + column, value.to(tokens.dtype.element_ty), mask=live)
+
+
+def residual_norm(
+    x_LBD: Tensor, update_LBD: Tensor | None, gate: Tensor | None, shift: Tensor | None,
+    scale: Tensor | None, eps: float, *, plus_one: bool = True, margin: int = 0,
+    whole: bool = True, eight: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """See fused.residual_norm: the sum, the normed tokens, and these in 8 bits with their units.
+
+    The normed tokens have `margin` features more, not filled in; without `whole` they are not set.
+    """
+    length, rows, dim = x_LBD.shape
+    x_LBD = x_LBD.contiguous()
+    total = x_LBD
+    if update_LBD is not None:
+        update_LBD = update_LBD.contiguous()
+        total = torch.empty_like(x_LBD)
+    out, tokens, unit = x_LBD, None, None
+    if scale is not None and whole:
+        out = x_LBD.new_empty(length, rows, dim + margin)
+    if eight is not None:
+        tokens, unit = _places(length * rows, dim, eight, x_LBD.device)
+    gate_rows, gate_row = _rows(gate)
+    mod_rows, mod_row = _rows(scale)
+    block = triton.next_power_of_2(dim)
+    _norm_kernel[(length * rows,)](
+        x_LBD, update_LBD, gate, shift, scale, total, out, tokens, unit, dim, gate_rows, gate_row,
+        mod_rows, mod_row, dim + margin, eps,
+        ADD=update_LBD is not None, GATE=gate is not None, NORM=scale is not None, ONE=plus_one,
+        WHOLE=whole, EIGHT=0.0 if eight is None else torch.finfo(eight).max,
+        BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return total, out, tokens, unit
+
+
+def _places(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    tokens = torch.empty(rows, dim, dtype=dtype, device=device)
+    return tokens, torch.empty(rows, 1, dtype=torch.float32, device=device)
+
+
+def _rows(modulation: Tensor | None) -> tuple[int, int]:
+    """How many rows a modulation [..., D] has, and how far they lie apart."""
+    if modulation is None:
+        return 1, 0
+    count = modulation.numel() // modulation.shape[-1]
+    return count, modulation.stride(-2) if count > 1 else 0
+
+
+def _warps(block: int) -> int:
+    return min(16, max(1, block // 512))
+
+
+@triton.jit
+def _rms_kernel(
+    x, total, weight, cosine, sine, out, dim, whole, rows, half, x_row, eps,
+    TOTAL: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    live = column < dim
+    kind = x.dtype.element_ty
+    value = tl.load(x + row * x_row + column, mask=live, other=0.0).to(tl.float32)
+    if TOTAL:  # noqa: SIM108
+        square = tl.load(total + row)
+    else:
+        square = tl.sum(value * value, axis=0)
+    normed = (value * tl.rsqrt(square / whole + eps)).to(kind).to(tl.float32)
+    weights = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
+    normed = (normed * weights).to(kind)
+    if TURN:
+        even, odd = tl.split(tl.reshape(normed.to(tl.float32), (BLOCK // 2, 2)))
+        at = (row // rows) * half + tl.arange(0, BLOCK // 2) % half
+        cos, sin = tl.load(cosine + at), tl.load(sine + at)
+        turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+        normed = tl.reshape(turned, (BLOCK,)).to(kind)
+    tl.store(out + row * dim + column, normed, mask=live)
+
+
+def rms(
+    x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float,
+    table_2LE: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See fused.rms_scaled and, with a table, fused.rms_rotated (cut into heads by the caller)."""
+    length, rows, own = x_LBD.shape
+    x_LBD = x_LBD.contiguous()
+    out = torch.empty_like(x_LBD)
+    cosine = sine = half = None
+    if table_2LE is not None:
+        cosine, sine = table_2LE.contiguous()
+        half = table_2LE.shape[-1]
+    block = triton.next_power_of_2(own)
+    _rms_kernel[(length * rows,)](
+        x_LBD, None if total_LB1 is None else total_LB1.contiguous(), weight_D, cosine, sine, out,
+        own, dim, rows, half or 1, own, eps,
+        TOTAL=total_LB1 is not None, TURN=table_2LE is not None, BLOCK=block,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _page_kernel(pages, table, out, size, columns, out_row, CHUNK: tl.constexpr):
+    place, part = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    page = tl.load(table + place)
+    offset = part * CHUNK + tl.arange(0, CHUNK)
+    live = offset < size
+    value = tl.load(pages + page * size + offset, mask=live)
+    target = out + (place // columns) * out_row + (place % columns) * size
+    tl.store(target + offset, value, mask=live)
+
+
+@triton.jit
+def _own_kernel(
+    own, out, dim, length, own_row, own_token, out_row, start, BLOCK: tl.constexpr
+):  # fmt: skip
+    token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    live = column < dim
+    value = tl.load(own + row * own_row + token * own_token + column, mask=live)
+    tl.store(out + row * out_row + start + token * dim + column, value, mask=live)
+
+
+def joined(page_NTAE: Tensor, pages_BM: Tensor, own_BLAE: Tensor) -> Tensor:
+    """See fused.joined. `own` may be any view whose heads lie side by side."""
+    _, tokens, heads, size = page_NTAE.shape
+    rows, columns = pages_BM.shape
+    length, dim = own_BLAE.shape[1], heads * size
+    out = own_BLAE.new_empty(rows, columns * tokens + length, heads, size)
+    page_size = tokens * dim
+    _page_kernel[(triton.cdiv(page_size, _CHUNK), rows * columns)](
+        page_NTAE, pages_BM.contiguous(), out, page_size, columns, out.stride(0), CHUNK=_CHUNK,
+        num_warps=8,
+    )  # fmt: skip
+    if own_BLAE.stride(-1) != 1 or own_BLAE.stride(-2) != size:
+        own_BLAE = own_BLAE.contiguous()
+    _own_kernel[(length, rows)](
+        own_BLAE, out, dim, length, own_BLAE.stride(0), own_BLAE.stride(1), out.stride(0),
+        columns * page_size, BLOCK=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _quantise_kernel(x, tokens, unit, dim, x_row, LIMIT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    live = column < dim
+    value = tl.load(x + row * x_row + column, mask=live, other=0.0).to(tl.float32)
+    _store_eight(value, tokens, unit, row, column, live, dim, LIMIT)
+
+
+def quantise_rows(x_RD: Tensor, limit: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See fused.quantise_rows. Rows may lie apart, features may not."""
+    rows, dim = x_RD.shape
+    tokens, unit_R1 = _places(rows, dim, dtype, x_RD.device)
+    block = triton.next_power_of_2(dim)
+    _quantise_kernel[(rows,)](
+        x_RD, tokens, unit_R1, dim, x_RD.stride(0), LIMIT=limit, BLOCK=block,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return tokens, unit_R1
+
+
+@triton.jit
+def _gelu_kernel(
+    x, tokens, unit, dim, LIMIT: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    live = column < dim
+    value = tl.load(x + row * dim + column, mask=live, other=0.0).to(tl.float32)
+    inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
+    value *= tl.sigmoid(2 * inner)  # (1 + tanh(i)) / 2 = sigmoid(2 i)
+    rounded = value.to(x.dtype.element_ty)
+    if WHOLE:
+        tl.store(x + row * dim + column, rounded, mask=live)
+    _store_eight(rounded.to(tl.float32), tokens, unit, row, column, live, dim, LIMIT)
+
+
+def gelu_rows(
+    x_RD: Tensor, limit: float, dtype: torch.dtype, *, whole: bool
+) -> tuple[Tensor, Tensor]:
+    """See fused.gelu_in: GELU(tanh) in 8 bits and its units; with `whole` in place of x, too."""
+    rows, dim = x_RD.shape
+    tokens, unit_R1 = _places(rows, dim, dtype, x_RD.device)
+    block = triton.next_power_of_2(dim)
+    _gelu_kernel[(rows,)](
+        x_RD, tokens, unit_R1, dim, LIMIT=limit, WHOLE=whole, BLOCK=block, num_warps=_warps(block)
+    )
+    return tokens, unit_R1

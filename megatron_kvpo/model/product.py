@@ -1,0 +1,213 @@
+"""A linear layer's product with its weight and with the low-rank adapter that acts beside it.
+
+y = x W^T + b + s (x A^T) B^T is one node of the graph. Without a graph the adapter costs no pass of
+its own over y: B stands in the margin of W and x A^T in the margin of x, so that one product over
+both adds it; or it is merged into a copy of W.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_kvpo.model.eight_bits import KINDS, Product
+from megatron_kvpo.model.fused import EightBits, Form, gelu_in, without_graph
+from megatron_kvpo.model.lora import Adapter, LowRank
+
+
+class Weight:
+    """A frozen weight as products use it: as it is or in 8 bits, bare or with the adapter merged.
+
+    With a graph the gradient passes through the weight as it is.
+    """
+
+    def __init__(self, parameter: nn.Parameter, scaling: str | None, merges: int | None) -> None:
+        """`scaling`: of 8 bits, or None. `merges`: number of this layer's dither, or None."""
+        self.parameter, self.scaling, self.merges = parameter, scaling, merges
+        self.acts_merged = False
+        """Whether passes without a graph use the merged weight, and so no adapter."""
+
+        self._merged: Tensor | None = None
+        self._bare: tuple[int, Product] | None = None
+        self._full: Product | None = None
+
+    def merge(self, acting: LowRank | None) -> None:
+        """Take the adapter that acts into a copy of the weight. None: the weight is bare again."""
+        self.acts_merged = acting is not None and self.merges is not None
+        if acting is None or self.merges is None:
+            return
+        wide = self.parameter.detach().float().addmm_(
+            acting.acting_up.float(), acting.acting_down.float(), alpha=acting.scale
+        )  # fmt: skip
+        if self._merged is None:
+            self._merged = torch.empty_like(self.parameter, memory_format=torch.contiguous_format)
+        self._merged.copy_(dithered(wide, self._merged.dtype, self.merges))
+        if self.scaling is not None and self._full is None:
+            self._full = KINDS[self.scaling](self._merged)
+        elif self._full is not None:
+            self._full.refill(self._merged)
+
+    def times(self, x: Tensor | EightBits, bias: Tensor | None, *, merged: bool) -> Tensor:
+        """X W^T + b, [R, in] -> [R, out]. No graph."""
+        if self.scaling is not None:
+            return self._product(merged).times(x, bias)
+        assert isinstance(x, Tensor)
+        return nn.functional.linear(x, self.value(merged), bias)
+
+    def value(self, merged: bool) -> Tensor:
+        """[N, K], with the adapter merged or bare."""
+        return self._merged if merged and self._merged is not None else self.parameter.detach()
+
+    def _product(self, merged: bool) -> Product:
+        if merged and self._full is not None:
+            return self._full
+        version = self.parameter._version
+        if self._bare is None or self._bare[0] != version:
+            assert self.scaling is not None
+            self._bare = (version, KINDS[self.scaling](self.parameter.detach()))
+        return self._bare[1]
+
+
+def dithered(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
+    """X in `dtype`, rounded up or down by chance in proportion; the same chance at every call.
+
+    A small change of x moves a small share of the results, where rounding to the nearest would lose
+    it; what `dtype` can hold is left as it is. Float32 to bfloat16; another type rounds as usual.
+    """
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    rng = torch.Generator(device=x.device).manual_seed(seed)
+    chance = torch.randint(1 << 16, x.shape, generator=rng, device=x.device, dtype=torch.int32)
+    return ((x.view(torch.int32) + chance) & -(1 << 16)).view(torch.float32).to(dtype)
+
+
+def product(
+    x: Tensor | EightBits, weight: Weight, bias: Tensor | None, adapter: Adapter | None, *,
+    gelu: Form | None = None, partition: int = 0, group: dist.ProcessGroup | None = None,
+) -> Tensor | EightBits:  # fmt: skip
+    """One rank's part of a linear layer, [..., in] -> [..., out].
+
+    Args:
+        x: without a graph it may have r features more than W takes: room for x A^T.
+        weight: this rank's share, cut along `partition` (0: outputs, 1: inputs).
+        bias: added if given.
+        adapter: acts beside it, if a slot is chosen. No other may be chosen before backward.
+        gelu: return GELU(tanh) of the result, in this form.
+        partition: see `weight`.
+        group: tensor ranks, if the gradients of the adapter's whole matrix must be summed here.
+    """
+    acting = None if adapter is None else adapter.acting
+    if not torch.is_grad_enabled():
+        return _plain(x, weight, bias, acting, gelu)
+    assert isinstance(x, Tensor)
+    if not weight.parameter.requires_grad:
+        pair = (None, None) if acting is None else (acting.down, acting.up)
+        out = _Product.apply(x, *pair, bias, weight, adapter, partition, group)  # type: ignore[no-untyped-call]
+    elif acting is None:
+        out = nn.functional.linear(x, weight.parameter, bias)
+    else:
+        raise RuntimeError("a weight that trains has an adapter that acts: freeze the base")
+    return out if gelu is None else nn.functional.gelu(out, approximate="tanh")
+
+
+def _plain(
+    x: Tensor | EightBits, weight: Weight, bias: Tensor | None, acting: LowRank | None,
+    gelu: Form | None,
+) -> Tensor | EightBits:  # fmt: skip
+    shape = x.shape[:-1]
+    if isinstance(x, Tensor):
+        x = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+    merged, dim = weight.acts_merged, weight.parameter.shape[1]
+    whole = weight.value(merged)
+    if merged:
+        acting = None
+    if acting is not None and isinstance(x, Tensor) and x.shape[1] > dim:
+        torch.mm(x[:, :dim], acting.acting_down.t(), out=x[:, dim:])
+        whole, acting = with_margin(weight.parameter, x.shape[1] - dim), None
+    if acting is not None or weight.scaling is not None:
+        out = _sum(x, weight, bias, acting, merged=merged)[0]
+    elif gelu and not gelu.eight_bits and bias is not None and without_graph(bias):
+        assert isinstance(x, Tensor)
+        return torch._addmm_activation(bias, x, whole.t(), use_gelu=True).view(*shape, -1)
+    else:
+        assert isinstance(x, Tensor)
+        out = nn.functional.linear(x, whole, bias)
+    out = out.view(*shape, -1)
+    return out if gelu is None else gelu_in(out, gelu)
+
+
+def _sum(
+    x: Tensor | EightBits, weight: Weight, bias: Tensor | None, acting: LowRank | None, *,
+    merged: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The product, and x A^T."""
+    out = weight.times(x, bias, merged=merged)
+    if acting is None:
+        return out, None
+    wide = x if isinstance(x, Tensor) else x.whole_RD
+    assert wide is not None
+    narrow = torch.mm(wide, acting.acting_down.t())
+    torch.addmm(out, narrow, acting.acting_up.t(), alpha=acting.scale, out=out)
+    return out, narrow
+
+
+class _Product(torch.autograd.Function):
+    """`product` of a frozen weight, with a graph. Gradients of A and B come in their own type."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None,
+        weight: Weight, adapter: Adapter | None, partition: int, group: dist.ProcessGroup | None,
+    ) -> Tensor:  # fmt: skip
+        flat = x.reshape(-1, x.shape[-1])
+        acting = None if adapter is None else adapter.acting
+        out, narrow = _sum(flat, weight, bias, acting, merged=False)
+        trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(*((flat, narrow) if trains else ()))
+        ctx.weight, ctx.adapter, ctx.partition, ctx.group = weight, adapter, partition, group
+        ctx.shape, ctx.trains, ctx.acting = x.shape, trains, acting
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        flat = grad.reshape(-1, grad.shape[-1])
+        acting: LowRank | None = ctx.acting
+        if acting is not None and not ctx.adapter.holds(acting):
+            raise RuntimeError("another adapter slot was chosen between forward and backward")
+        back = None if acting is None else torch.mm(flat, acting.acting_up).mul_(acting.scale)
+        to_x = to_down = to_up = None
+        if ctx.needs_input_grad[0]:
+            to_x = torch.mm(flat, ctx.weight.parameter)
+            if acting is not None and back is not None:
+                torch.addmm(to_x, back, acting.acting_down, out=to_x)
+            to_x = to_x.view(ctx.shape)
+        if ctx.trains and acting is not None and back is not None:
+            x, narrow = ctx.saved_tensors
+            if ctx.group is not None:  # the whole matrix sees every rank's part of its sum
+                summed = (back if ctx.partition == 0 else narrow).clone()
+                dist.all_reduce(summed, group=ctx.group)
+                back, narrow = (summed, narrow) if ctx.partition == 0 else (back, summed)
+            to_down = torch.mm(back.t(), x).to(acting.down.dtype)
+            to_up = torch.mm(flat.t(), narrow).to(acting.up.dtype).mul_(ctx.adapter.scale)
+        return to_x, to_down, to_up, None, None, None, None, None
+
+
+def make_margin(parameter: nn.Parameter, rank: int) -> Tensor:
+    """Move a weight [N, K] to where `rank` columns are free behind it; returns these, [N, rank].
+
+    Whoever later changes the weight must do so in place.
+    """
+    outputs, inputs = parameter.shape
+    wide = torch.zeros(outputs, inputs + rank, dtype=parameter.dtype, device=parameter.device)
+    wide[:, :inputs] = parameter.data
+    parameter.data = wide[:, :inputs]
+    return wide[:, inputs:]
+
+
+def with_margin(parameter: Tensor, rank: int) -> Tensor:
+    """A weight that `make_margin` moved, [N, K + rank], its margin included."""
+    outputs, inputs = parameter.shape
+    return parameter.detach().as_strided((outputs, inputs + rank), (inputs + rank, 1))
