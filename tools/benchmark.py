@@ -66,12 +66,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
     """One recipe on the ranks there are. The first rank returns the record, the others None."""
     with tempfile.TemporaryDirectory() as folder:
         config = quiet(load_config(options.recipe, options.overrides), Path(folder))
-        run = Run.start(config)
+        run = Run.start(config, on_device=True)
         try:
             run.stages.scorer = DrawnRewards(run.stages.scorer, decode=options.decode)
             first = first_update(config, options.fork, options.stale, run)
             ceiling = matmul_ceiling(run.ranks.device, config.model.torch_dtype)
-            watches = list(updates(run, config, first, options))
+            warm = first_update(config, options.warm_fork or options.fork, options.stale, run)
+            watches = list(updates(run, config, (warm, first), options))
             return record(run, options, watches[options.warmup :], ceiling) if run.first else None
         finally:
             run.finish(0.0)
@@ -140,16 +141,18 @@ def forks_of(config: RunConfig, run: Run, update: int) -> set[int]:
 
 
 def updates(
-    run: Run, config: RunConfig, first: int, options: argparse.Namespace
+    run: Run, config: RunConfig, numbers: tuple[int, int], options: argparse.Namespace
 ) -> Iterator[Stopwatch]:
-    """The same update again and again: warm-up, then what counts. The weights move on."""
+    """Two updates again and again: one to warm up, then the one that counts. The weights move."""
+    warm, first = numbers
     total = options.warmup + options.updates
     with Metrics(config, run.first) as metrics, log.Progress(total, first=False) as progress:
-        run.update = first  # its alarms sound in the first one only
+        run.update = warm  # its alarms sound in the first one only
         for number in range(total):
+            update = warm if number < options.warmup else first
             tracing = options.trace is not None and number == total - 1 and run.first
             with traced(options.trace) if tracing else nullcontext(), Stopwatch() as watch:
-                train_step(run, first, metrics, progress)
+                train_step(run, update, metrics, progress)
             run.update = -1
             logger.info("update %d of %d: %.2f s", number + 1, total, watch.seconds)
             yield watch
@@ -259,6 +262,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--updates", type=int, default=3, help="that count")
     parser.add_argument("--warmup", type=int, default=1, help="that do not")
     parser.add_argument("--fork", type=int, help="latent frame; default: as it is drawn")
+    parser.add_argument("--warm-fork", type=int, help="of the warm-up; a late one is short")
     parser.add_argument("--stale", action="store_true", help="with a replay by the old policy")
     parser.add_argument("--decode", action="store_true", help="decode every row, too")
     parser.add_argument("--trace", type=Path, help="profiler trace of the last update, .json")

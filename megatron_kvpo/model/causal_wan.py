@@ -158,9 +158,10 @@ class CausalWan(nn.Module):
         rows, frames = latent_BFCHW.shape[:2]
         tokens, ranks = self.model_config.tokens_per_frame, self.spec.ranks
         seen = frames if pages is None else frames - pages.own_from + pages.read_BM.shape[1]
-        rank = self.spec.lora[0] if self.spec.lora and self.spec.switch.slot else 0
-        one = pass_flops(self.model_config, frames * tokens, seen * tokens, rank,
-                         graph=torch.is_grad_enabled())  # fmt: skip
+        graph, rank = torch.is_grad_enabled(), 0
+        if self.spec.lora and self.spec.switch.slot and (graph or not self.spec.merges):
+            rank = self.spec.lora[0]
+        one = pass_flops(self.model_config, frames * tokens, seen * tokens, rank, graph=graph)
         stopwatch.count(rows * one / (ranks.tensor.size * ranks.context.size), rows)
 
     def _embed(self, latent_BFCHW: Tensor) -> Tensor:

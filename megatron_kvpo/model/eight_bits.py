@@ -1,4 +1,4 @@
-"""Products in 8 bits (e4m3) with a frozen weight: scaled by rows, or in blocks (Transformer Engine).
+"""Products in 8 bits (e4m3) with a frozen weight: scaled by rows or, by Transformer Engine, blocks.
 
 In both a token's scale comes from that token alone, so what one row of a batch becomes never
 depends on the others, and nothing is carried from pass to pass: a replay meets the numbers of its

@@ -54,17 +54,24 @@ def whole_shape(parameter: Tensor, axis: Axis) -> list[int]:
     return shape
 
 
+def _generator_on(device: torch.device, *coordinates: int | str) -> torch.Generator:
+    own = generator(*coordinates)
+    return own if device.type == "cpu" else torch.Generator(device).manual_seed(own.initial_seed())
+
+
 @torch.no_grad()
-def initialise(model: CausalWan, seed: int) -> None:
+def initialise(model: CausalWan, seed: int, *, on_device: bool = False) -> None:
     """Random weights, drawn whole per name so that any layout gets the same model.
 
-    Matrices are Xavier-uniform, the time and text embeddings and the head normal with 0.02,
+    `on_device` draws them there: fast, and other numbers than a CPU draws. Matrices are Xavier-uniform, the time and text embeddings and the head normal with 0.02,
     modulation normal with 1 / sqrt(D), norms 1, biases 0.
     """
     axis = model.spec.ranks.tensor
+    device = model.spec.ranks.device if on_device else torch.device("cpu")
     for name, parameter in base_parameters(model):
-        shape, rng = whole_shape(parameter, axis), generator("initialise", seed, name)
-        whole = torch.zeros(shape)
+        shape = whole_shape(parameter, axis)
+        rng = _generator_on(device, "initialise", seed, name)
+        whole = torch.zeros(shape, device=device)
         if "norm" in name and name.endswith("weight"):
             whole.fill_(1.0)
         elif name.endswith("modulation"):
@@ -79,9 +86,10 @@ def initialise(model: CausalWan, seed: int) -> None:
 
 
 @torch.no_grad()
-def initialise_adapters(model: CausalWan, seed: int) -> None:
+def initialise_adapters(model: CausalWan, seed: int, *, on_device: bool = False) -> None:
     """A kaiming-uniform(sqrt 5), B zero, the same in every slot. Freezes the base."""
     axis = model.spec.ranks.tensor
+    device = model.spec.ranks.device if on_device else torch.device("cpu")
     for _, parameter in base_parameters(model):
         parameter.requires_grad_(False)
     for name, module in model.named_modules():
@@ -90,7 +98,8 @@ def initialise_adapters(model: CausalWan, seed: int) -> None:
         down = module.lora_A["current"]
         shape = whole_shape(down, axis)
         bound = initial_bound(shape[1])
-        whole = torch.empty(shape).uniform_(-bound, bound, generator=generator("lora", seed, name))
+        rng = _generator_on(device, "lora", seed, name)
+        whole = torch.empty(shape, device=device).uniform_(-bound, bound, generator=rng)
         for slot in SLOTS:
             module.lora_A[slot].copy_(local_part(whole, down, axis))
             module.lora_B[slot].zero_()

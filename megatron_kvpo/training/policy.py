@@ -32,20 +32,21 @@ class Policy:
         self.model, self.bank, self.optimizer, self._config = model, bank, optimizer, config
 
     @staticmethod
-    def build(config: RunConfig, ranks: Ranks) -> Policy:
+    def build(config: RunConfig, ranks: Ranks, *, on_device: bool = False) -> Policy:
         """Model from config.model.weights (random if None), fresh optimizer, slots all equal.
 
-        They start at config.policy.adapter; without one they act as the base does.
+        They start at config.policy.adapter; without one they act as the base does. `on_device`:
+        draw random weights there, which is fast, and not the same everywhere.
         """
         spec = Spec.build(config.model, config.parallel, ranks, config.policy)
         model = CausalWan(config.model, spec)
         if config.model.weights is None:
-            initialise(model, config.seed)
+            initialise(model, config.seed, on_device=on_device)
         else:
             load_base(model, config.model.weights)
         bank: AdapterBank | FullBank
         if config.policy.mode == "lora":
-            initialise_adapters(model, config.seed)
+            initialise_adapters(model, config.seed, on_device=on_device)
             if config.policy.adapter is not None:
                 load_adapter(model, config.policy.adapter)
             bank = AdapterBank(model, spec.switch)

@@ -58,16 +58,16 @@ class Run:
         self._real: float | None = None
 
     @staticmethod
-    def start(config: RunConfig) -> Run:
+    def start(config: RunConfig, *, on_device: bool = False) -> Run:
         """Check the settings, join the ranks, build everything, resume if there is a checkpoint.
 
-        ValueError for settings or files that cannot work, before anything is written.
+        `on_device`: see Policy.build. ValueError for settings or files that cannot work, before anything is written.
         """
         prompts, held_out = check_run(config)
         ranks = start_ranks(config.parallel, config.device)
         share(range(config.policy.groups_per_update), ranks.data.rank, ranks.data.size)
         log.setup(is_first(ranks))
-        policy = Policy.build(config, ranks)
+        policy = Policy.build(config, ranks, on_device=on_device)
         codec, encode = build_codec(config, ranks), build_encoder(config).encode
         branches = shares(config.routing.num_branches, ranks.branch.size)[ranks.branch.rank]
         pages = run_pages(
