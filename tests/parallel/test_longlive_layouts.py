@@ -7,7 +7,7 @@ import pytest
 from megatron_kvpo.config import ParallelConfig
 from tests.golden import test_longlive, test_memflow
 from tests.ranks import on_ranks
-from tools.golden import replay_file
+from tools.golden import Dtype, replay_file
 
 LIMIT = 2e-5
 """Over the largest value of each tensor, as for one rank. Seen: 6e-7."""
@@ -24,20 +24,27 @@ RUNS = {
 }
 
 
-def _errors(rank: int) -> dict[tuple[str, str], dict[str, float]]:
+def errors_of(
+    rank: int, device: str = "cpu", dtype: Dtype = "float32"
+) -> dict[tuple[str, str], dict[str, float]]:
     """Largest error of each run of each golden file under each layout."""
     return {
-        (file.name, name): replay_file(file, parallel).errors
+        (file.name, name): replay_file(file, parallel, device, dtype).errors
         for file in RUNS
         for name, parallel in LAYOUTS.items()
     }
 
 
+def check_errors(found: dict[tuple[str, str], dict[str, float]], limit: float) -> None:
+    """Every run was replayed, and every number of it is within the limit."""
+    for file, runs in RUNS.items():
+        for name in LAYOUTS:
+            errors = found[file.name, name]
+            assert errors.keys() >= runs
+            assert max(errors.values()) < limit, f"{file.name}, {name}: {errors}"
+
+
 @pytest.mark.gloo
 def test_the_golden_runs_hold_over_two_ranks(tmp_path):
-    for rank in on_ranks(2, _errors, folder=tmp_path, limit_s=240):
-        for file, runs in RUNS.items():
-            for name in LAYOUTS:
-                errors = rank[file.name, name]
-                assert errors.keys() >= runs
-                assert max(errors.values()) < LIMIT, f"{file.name}, {name}: {errors}"
+    for rank in on_ranks(2, errors_of, folder=tmp_path, limit_s=240):
+        check_errors(rank, LIMIT)

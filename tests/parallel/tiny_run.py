@@ -94,6 +94,7 @@ class Pattern:
         shape = tuple(clips[0].frames_FCHW.shape[1:])
         pattern_CHW = noise(shape, "pattern").double() * 40 / math.prod(shape) ** 0.5
         pattern_CHW -= pattern_CHW.mean()
+        pattern_CHW = pattern_CHW.to(clips[0].frames_FCHW.device)
         frames = [clip.frames_FCHW[-8:].mean(0).double() for clip in clips]
         return torch.stack([(frame * pattern_CHW).sum().float() for frame in frames])
 
@@ -137,7 +138,7 @@ def tiny_config(folder: Path, *overrides: str, **sections: Any) -> RunConfig:
 
 @dataclass
 class Trace:
-    """What one rank saw of a run."""
+    """What one rank saw of a run. All tensors are on the CPU."""
 
     gradients: list[dict[str, Tensor]] = field(default_factory=list)
     """Per update, whole tensors, reduced, before clipping."""
@@ -216,7 +217,7 @@ def whole_weights(policy: Policy) -> dict[str, Tensor]:
     held = dict(policy.model.named_parameters())
     if isinstance(policy.bank, FullBank):
         held |= dict(policy.bank.named_parameters())
-    return {name: whole_value(parameter, axis) for name, parameter in held.items()}
+    return {name: whole_value(parameter, axis).cpu() for name, parameter in held.items()}
 
 
 def whole_gradients(policy: Policy) -> dict[str, Tensor]:
@@ -230,14 +231,14 @@ def _whole_gradient(parameter: Tensor, axis: Axis) -> Tensor:
     dim = partition_of(parameter)
     if dim is not None:
         mark_sharded(gradient, dim)
-    return whole_value(gradient, axis)
+    return whole_value(gradient, axis).cpu()
 
 
 def moments(policy: Policy) -> dict[str, Tensor]:
     """Adam's state of each trained parameter on this rank."""
     state = policy.optimizer._inner.optimizer.state
     return {
-        f"{name}/{key}": state[p][key].clone()
+        f"{name}/{key}": state[p][key].clone().cpu()
         for name, p in policy.trained().items()
         for key in ("exp_avg", "exp_avg_sq", "step")
     }

@@ -27,6 +27,7 @@ from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
 from megatron_kvpo.rollout.replay import replay
+from megatron_kvpo.rollout.sampler import encode_texts
 from megatron_kvpo.rollout.stream import Stream, World, new_world
 from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.stages import Stages
@@ -118,14 +119,15 @@ class Small:
     def text(self, *texts: str) -> TextKeys:
         """Text keys of the acting weights, one row a text."""
         with torch.no_grad():
-            return self.model.encode_text(self.encode(texts or TEXTS[:1]))
+            return encode_texts(self.model, self.encode, texts or TEXTS[:1])
 
     def noises(self, prompt: Prompt = ONE, update: int = 0) -> GroupNoise:
         return self.stages.noises(update, prompt.index)
 
     def latents(self, frames: int, rows: int = 1, name: str = "latents") -> Tensor:
         """Random latents [rows, frames, C, H, W]."""
-        return noise((rows, frames, *self.config.model.frame_shape), "test", name)
+        shape = (rows, frames, *self.config.model.frame_shape)
+        return noise(shape, "test", name, device=self.ranks.device)
 
     def streamed(self, frames: int, rows: int = 1, text: TextKeys | None = None) -> Stream:
         """A stream whose cache holds random clean latents of the first frames."""
@@ -173,10 +175,12 @@ class Small:
     def stir(self, *slots: str, size: float = 0.1) -> None:
         """Move these policies off the base, each its own way: their up-projections leave zero."""
         assert isinstance(self.policy.bank, AdapterBank)
+        axis = self.ranks.tensor
         for name, adapter in self.policy.bank.adapters.items():
             for slot in slots:
                 up = adapter.lora_B[slot]
-                up.add_(size * noise(tuple(up.shape), "stir", name, slot))
+                drawn = noise(tuple(whole_shape(up, axis)), "stir", name, slot, device=up.device)
+                up.add_(size * local_part(drawn, up, axis))
 
 
 class LatentScorer:
