@@ -122,11 +122,11 @@ class RolloutGroup:
     prompt: Prompt
     plan: RoutingPlan
     latent_NFCHW: Tensor
-    """Finished latents of this rank's sequences; the prefix is the same in all."""
+    """Finished latents of these sequences; the prefix is the same in all."""
 
     trajectory: Trajectory
     sequences: tuple[int, ...]
-    """Which sequence each row is: 0..G-1 a branch, G the anchor. All of them on one rank."""
+    """Which sequence each row is: 0..G-1 a branch, G the anchor."""
 
 
 class Energies(NamedTuple):
@@ -139,7 +139,7 @@ class Energies(NamedTuple):
     """Those of the anchors."""
 
     velocities: tuple[Tensor, ...] = ()
-    """velocity_NPTFCHW of this rank's sequences, one tensor a group, if they were to be kept."""
+    """velocity_NPTFCHW of all sequences, one tensor a group, if they were to be kept."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

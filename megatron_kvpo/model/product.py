@@ -42,13 +42,15 @@ class Weight:
         wide = self.parameter.detach().float().addmm_(
             acting.acting_up.float(), acting.acting_down.float(), alpha=acting.scale
         )  # fmt: skip
-        if self._merged is None:
-            self._merged = torch.empty_like(self.parameter, memory_format=torch.contiguous_format)
-        self._merged.copy_(dithered(wide, self._merged.dtype, self.merges))
-        if self.scaling is not None and self._full is None:
-            self._full = KINDS[self.scaling](self._merged)
-        elif self._full is not None:
-            self._full.refill(self._merged)
+        whole = dithered(wide, self.parameter.dtype, self.merges)
+        if self.scaling is None:
+            if self._merged is None:
+                self._merged = torch.empty_like(whole)
+            self._merged.copy_(whole)
+        elif self._full is None:
+            self._full = KINDS[self.scaling](whole)
+        else:
+            self._full.refill(whole)
 
     def times(self, x: Tensor | EightBits, bias: Tensor | None, *, merged: bool) -> Tensor:
         """X W^T + b, [R, in] -> [R, out]. No graph."""

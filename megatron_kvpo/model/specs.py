@@ -215,9 +215,9 @@ class _Adapted(nn.Module):
         """How whoever makes this layer's input should leave it, where tokens are not exchanged."""
         if self._sequence:
             return Form()
-        acts = self.adapter is not None and self.adapter.acting is not None
-        if self._held.scaling == "row":
-            return Form(eight_bits=True, whole=acts and not self._held.acts_merged)
+        acts, held = self.adapter is not None and self.adapter.acting is not None, self._held
+        if held.scaling == "row" and (held.merges is None or held.acts_merged):
+            return Form(eight_bits=True, whole=acts and not held.acts_merged)
         return Form(margin=self._margin) if acts and without_graph(self.weight) else Form()
 
     def product(self, x: Tokens, bias: Tensor | None, gelu: Form | None = None) -> Any:

@@ -63,8 +63,9 @@ def _generator_on(device: torch.device, *coordinates: int | str) -> torch.Genera
 def initialise(model: CausalWan, seed: int, *, on_device: bool = False) -> None:
     """Random weights, drawn whole per name so that any layout gets the same model.
 
-    `on_device` draws them there: fast, and other numbers than a CPU draws. Matrices are Xavier-uniform, the time and text embeddings and the head normal with 0.02,
-    modulation normal with 1 / sqrt(D), norms 1, biases 0.
+    Matrices are Xavier-uniform, the time and text embeddings and the head normal with 0.02,
+    modulation normal with 1 / sqrt(D), norms 1, biases 0. `on_device` draws them there: fast, and
+    other numbers than a CPU draws.
     """
     axis = model.spec.ranks.tensor
     device = model.spec.ranks.device if on_device else torch.device("cpu")

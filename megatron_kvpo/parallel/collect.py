@@ -32,6 +32,20 @@ def shares(n: int, size: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(starts)]
 
 
+def leveled_shares(n: int, cost: float, loads: Sequence[float]) -> list[range]:
+    """The share of every rank, contiguous, when they carry `loads` already.
+
+    Each of the `n` items costs `cost` and goes to whoever carries least.
+    """
+    carried, counts = list(loads), [0] * len(loads)
+    for _ in range(n):
+        least = min(range(len(carried)), key=lambda r: carried[r])
+        carried[least] += cost
+        counts[least] += 1
+    starts = [sum(counts[:r]) for r in range(len(counts) + 1)]
+    return [range(a, b) for a, b in pairwise(starts)]
+
+
 @torch.no_grad()
 def gather_rows(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
     """All ranks' rows of `x`, concatenated in rank order along dim 0.

@@ -61,7 +61,8 @@ class Run:
     def start(config: RunConfig, *, on_device: bool = False) -> Run:
         """Check the settings, join the ranks, build everything, resume if there is a checkpoint.
 
-        `on_device`: see Policy.build. ValueError for settings or files that cannot work, before anything is written.
+        `on_device`: see Policy.build. ValueError for settings or files that cannot work, before
+        anything is written.
         """
         prompts, held_out = check_run(config)
         ranks = start_ranks(config.parallel, config.device)
@@ -69,11 +70,11 @@ class Run:
         log.setup(is_first(ranks))
         policy = Policy.build(config, ranks, on_device=on_device)
         codec, encode = build_codec(config, ranks), build_encoder(config).encode
-        branches = shares(config.routing.num_branches, ranks.branch.size)[ranks.branch.rank]
+        own = shares(config.routing.num_branches + 1, ranks.branch.size)[ranks.branch.rank]
         pages = run_pages(
             config.stream, config.routing, config.memory, prompts, held_out,
             groups=config.policy.groups_per_update // ranks.data.size,
-            sequences=len(branches) + 1,
+            sequences=max(len(own), min(config.policy.max_rows, config.routing.num_branches)),
             videos=min(config.policy.max_rows,
                        len(held_out) * config.evaluation.noises_per_prompt),
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 from megatron_kvpo.algorithm.advantage import advantages, beats_anchor
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, share
-from megatron_kvpo.parallel.collect import gather_rows, shares
+from megatron_kvpo.parallel.collect import gather_rows, leveled_shares, shares
 from megatron_kvpo.parallel.groups import Ranks
-from megatron_kvpo.records import Energies, RewardTable
+from megatron_kvpo.records import Energies, RewardTable, RolloutGroup, Trajectory
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
 from megatron_kvpo.rollout.replay import Push, replay
@@ -21,6 +22,9 @@ from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import diversity, draw_plan
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.policy import Policy
+
+_BACKWARD_PASSES = 3.5
+"""What a pass with its backward costs, in passes without: as measured, docs/benchmarks."""
 
 
 class Stages:
@@ -32,18 +36,17 @@ class Stages:
     ) -> None:  # fmt: skip
         self.config, self.ranks, self.policy, self.world = config, ranks, policy, world
         self.encode, self.scorer, self.prompts = encode, scorer, prompts
-        num_branches = config.routing.num_branches
-        parts = shares(num_branches, ranks.branch.size)
+        parts = shares(config.routing.num_branches + 1, ranks.branch.size)
         self._sizes = [len(part) for part in parts]
-        self.branches = parts[ranks.branch.rank]
-        self.sequences = (*self.branches, num_branches)
+        self.sequences = tuple(parts[ranks.branch.rank])
+        """Branches and anchor (the last of all) that this rank rolls out, scores and replays."""
 
     def noises(self, update: int, prompt_index: int) -> GroupNoise:
         """Noises of one group, by coordinates."""
         return GroupNoise(self.world, self.config.seed, update, prompt_index)
 
     def explore(self, update: int) -> list[SampledGroup]:
-        """Roll out this data rank's groups with the sampling policy."""
+        """Roll out this data rank's groups with the sampling policy. All branch ranks get all."""
         axis = self.ranks.data
         groups = []
         with self.policy.acting("old"):
@@ -51,15 +54,41 @@ class Stages:
                 coordinates = (self.config.seed, update, prompt.index)
                 plan = draw_plan(self.config.stream, self.config.routing, coordinates)
                 noises = self.noises(update, prompt.index)
-                groups.append(
-                    roll_out_group(self.world, self.encode, prompt, plan, noises, self.sequences)
+                sampled = roll_out_group(
+                    self.world, self.encode, prompt, plan, noises, self.sequences
                 )
+                groups.append(SampledGroup(self._whole_group(sampled.group), sampled.prefix))
         return groups
+
+    def _whole_group(self, own: RolloutGroup) -> RolloutGroup:
+        """Every branch rank's sequences, in order."""
+        if self.ranks.branch.size == 1:
+            return own
+        latent, state, velocity = (
+            gather_rows(x, self.ranks.branch, self._sizes)
+            for x in (own.latent_NFCHW, own.trajectory.state_NPTFCHW,
+                      own.trajectory.velocity_NPTFCHW)
+        )  # fmt: skip
+        return dataclasses.replace(
+            own, latent_NFCHW=latent, sequences=tuple(range(len(latent))),
+            trajectory=Trajectory(state_NPTFCHW=state, velocity_NPTFCHW=velocity),
+        )  # fmt: skip
+
+    def _own_group(self, whole: RolloutGroup) -> RolloutGroup:
+        """This rank's sequences of a group."""
+        part = slice(self.sequences[0], self.sequences[-1] + 1)
+        trajectory = Trajectory(
+            state_NPTFCHW=whole.trajectory.state_NPTFCHW[part],
+            velocity_NPTFCHW=whole.trajectory.velocity_NPTFCHW[part],
+        )
+        return dataclasses.replace(whole, latent_NFCHW=whole.latent_NFCHW[part],
+                                   sequences=self.sequences, trajectory=trajectory)  # fmt: skip
 
     def score(self, groups: Sequence[SampledGroup]) -> list[RewardTable]:
         """Score every branch and the anchor of each group; all branch ranks get all scores."""
         with stage("reward"):
-            tables = self.scorer.score_groups([sampled.group for sampled in groups])
+            own = [self._own_group(sampled.group) for sampled in groups]
+            tables = self.scorer.score_groups(own)
         return [
             RewardTable(
                 components=table.components, weights=table.weights,
@@ -92,20 +121,23 @@ class Stages:
     ) -> Energies:
         """Energies of all branches and of the anchors under the policy of `slot`.
 
-        A group's rows go as one batch, as in its rollout, so that bits repeat. `keep` keeps the
-        velocities of this rank's sequences too.
+        This rank's rows of a group go as one batch, as in its rollout, so that bits repeat. `keep`
+        keeps the velocities, all branch ranks', too.
         """
         branches, anchors, velocities = [], [], []
-        rows = range(len(self.sequences))
         with stage("replay"), self.policy.acting(slot):
             for sampled in groups:
                 noises = self.noises(update, sampled.group.prompt.index)
-                found = replay(sampled, self.encode, noises, self.config.energy, rows, keep=keep)
-                energy_N = found.energy_B
-                branches.append(gather_rows(energy_N[:-1], self.ranks.branch, self._sizes))
+                found = replay(
+                    sampled, self.encode, noises, self.config.energy, self.sequences, keep=keep
+                )
+                energy_N = gather_rows(found.energy_B, self.ranks.branch, self._sizes)
+                branches.append(energy_N[:-1])
                 anchors.append(energy_N[-1])
                 if found.velocity_BPTFCHW is not None:
-                    velocities.append(found.velocity_BPTFCHW)
+                    velocities.append(
+                        gather_rows(found.velocity_BPTFCHW, self.ranks.branch, self._sizes)
+                    )
         return Energies(torch.stack(branches), torch.stack(anchors), tuple(velocities))
 
     def backward(
@@ -114,32 +146,58 @@ class Stages:
     ) -> Tensor:  # fmt: skip
         """Send this rank's branches backward: sum_g c_g dE_g / dtheta, and the drift's gradient.
 
-        The drift counts if `reference` holds velocities. Returns its mean over all branches.
+        Which ones they are depends on what the rank has done before: see `_backward_parts`. The
+        drift counts if `reference` holds velocities. Returns its mean over all branches.
         """
         drift_weight = self.config.loss.drift_coefficient / weight_PG.numel()
         kept = reference.velocities if reference else ()
         velocities = kept or [None] * len(groups)
-        drifts: list[Tensor] = []
+        parts = [self._backward_parts(update, sampled) for sampled in groups]
+        drifts: list[Tensor] = [weight_PG.new_zeros(0)]
         with stage("backward"), self.policy.acting("current"):
-            for sampled, weight_G, target in zip(groups, weight_PG, velocities, strict=True):
+            for sampled, weight_G, target, part in zip(
+                groups, weight_PG, velocities, parts, strict=True
+            ):
+                rows = part[self.ranks.branch.rank]
                 with self.policy.optimizer.part():
-                    drifts += self._push(update, sampled, weight_G, drift_weight, target)
-        sizes = [size * len(groups) for size in self._sizes]
+                    drifts += self._push(update, sampled, rows, weight_G, drift_weight, target)
+        sizes = [sum(len(part[rank]) for part in parts) for rank in range(self.ranks.branch.size)]
         return gather_rows(torch.cat(drifts), self.ranks.branch, sizes).mean()
 
+    def _backward_parts(self, update: int, sampled: SampledGroup) -> list[range]:
+        """The branches that each branch rank sends backward.
+
+        With the anchor there is one sequence more than branches, and some ranks have rolled out and
+        replayed more of them; these send fewer backward.
+        """
+        config, plan = self.config, sampled.group.plan
+        steps, blocks = len(config.stream.steps), plan.num_blocks
+        rolled = (config.stream.num_frames - plan.fork_frame) // config.stream.block_frames
+        loss = config.loss
+        replays = (
+            1
+            + (not self.policy.is_synced(update))
+            + ((loss.kl_coefficient > 0 or loss.drift_coefficient > 0) and update > 0)
+        )
+        fill = blocks - 1
+        one = rolled * (steps + 1) + replays * (blocks * steps + fill)
+        back = blocks * config.energy.grad_steps * _BACKWARD_PASSES + fill
+        return leveled_shares(
+            config.routing.num_branches, back, [size * one for size in self._sizes]
+        )
+
     def _push(
-        self, update: int, sampled: SampledGroup, weight_G: Tensor, drift_weight: float,
-        target_NPTFCHW: Tensor | None,
+        self, update: int, sampled: SampledGroup, branches: range, weight_G: Tensor,
+        drift_weight: float, target_NPTFCHW: Tensor | None,
     ) -> list[Tensor]:  # fmt: skip
-        """One group's branches of this rank, policy.max_rows at a time. Their drifts."""
+        """Some of a group's branches, policy.max_rows at a time. Their drifts."""
         most, scale = self.config.policy.max_rows, self.policy.optimizer.loss_scale
         noises = self.noises(update, sampled.group.prompt.index)
-        weight_B = weight_G[self.branches.start : self.branches.stop]
         drifts = []
-        for first in range(0, len(weight_B), most):
-            stop = min(first + most, len(weight_B))
-            rows, part = range(first, stop), slice(first, stop)
-            push = Push(weight_B=weight_B[part], drift_weight=drift_weight, scale=scale)
+        for first in range(branches.start, branches.stop, most):
+            rows = range(first, min(first + most, branches.stop))
+            part = slice(rows.start, rows.stop)
+            push = Push(weight_B=weight_G[part], drift_weight=drift_weight, scale=scale)
             found = replay(
                 sampled, self.encode, noises, self.config.energy, rows, push=push,
                 reference_BPTFCHW=None if target_NPTFCHW is None else target_NPTFCHW[part],
@@ -148,9 +206,8 @@ class Stages:
         return drifts
 
     def _whole(self, score_KN: Tensor) -> Tensor:
-        """All branches and the anchor, from this rank's branches and the anchor."""
-        branch_GK = gather_rows(score_KN[:, :-1].T.contiguous(), self.ranks.branch, self._sizes)
-        return torch.cat([branch_GK.T, score_KN[:, -1:]], dim=1)
+        """All sequences' scores, from this rank's."""
+        return gather_rows(score_KN.T.contiguous(), self.ranks.branch, self._sizes).T
 
     @staticmethod
     def _composite(table: RewardTable) -> Tensor:

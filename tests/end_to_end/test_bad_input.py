@@ -230,8 +230,8 @@ def test_a_nan_stops_the_run_before_the_update(
 def test_a_nan_in_the_weights_is_caught_at_the_start(tmp_path, monkeypatch):
     build = Policy.build
 
-    def spoiled(*arguments: Any) -> Policy:
-        policy = build(*arguments)
+    def spoiled(*arguments: Any, **options: Any) -> Policy:
+        policy = build(*arguments, **options)
         with torch.no_grad():
             policy.model.head.head.bias[0] = torch.nan
         return policy

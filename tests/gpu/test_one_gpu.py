@@ -122,7 +122,7 @@ def test_a_block_never_waits_for_the_gpu(on_gpu):
 def replayed(tiny: small.Small, *recompute: bool) -> list[tuple[Tensor, dict[str, Tensor]]]:
     """Energies of one group and gradients of their sum, with and without recomputation."""
     groups, found = [tiny.roll_out()], []
-    weight = torch.ones(1, len(tiny.stages.branches), device=tiny.ranks.device)
+    weight = torch.ones(1, tiny.config.routing.num_branches, device=tiny.ranks.device)
     for again in recompute:
         tiny.model.model_config = dataclasses.replace(tiny.model.model_config, recompute=again)
         tiny.policy.optimizer.zero_grad()

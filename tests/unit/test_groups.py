@@ -5,7 +5,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_kvpo.config import ParallelConfig
-from megatron_kvpo.parallel.collect import all_equal, gather_rows, mean_over, share_of, shares
+from megatron_kvpo.parallel.collect import (
+    all_equal,
+    gather_rows,
+    leveled_shares,
+    mean_over,
+    share_of,
+    shares,
+)
 from megatron_kvpo.parallel.groups import Axis, check_sizes, is_first, start_ranks, stop_ranks
 
 
@@ -39,6 +46,16 @@ def test_shares_cover_all_items_once_in_order_and_differ_by_at_most_one(n, size)
     assert [i for part in parts for i in part] == list(range(n))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert sorted(map(len, parts), reverse=True) == list(map(len, parts))
+
+
+@pytest.mark.parametrize(
+    ("loads", "cost", "counts"),
+    [([0, 0], 1, [4, 4]), ([10, 4], 2, [3, 5]), ([100, 0, 0], 1, [0, 4, 4]), ([5], 3, [8])],
+)
+def test_leveled_shares_even_out_what_the_ranks_carry(loads, cost, counts):
+    parts = leveled_shares(8, cost, loads)
+    assert [i for part in parts for i in part] == list(range(8))
+    assert list(map(len, parts)) == counts
 
 
 def test_a_negative_number_of_items_is_refused():
