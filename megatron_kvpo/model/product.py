@@ -39,8 +39,9 @@ class Weight:
         self.acts_merged = acting is not None and self.merges is not None
         if acting is None or self.merges is None:
             return
-        wide = self.parameter.detach().float().addmm_(
-            acting.acting_up.float(), acting.acting_down.float(), alpha=acting.scale
+        wide = torch.addmm(
+            self.parameter.detach().float(), acting.acting_up.float(), acting.acting_down.float(),
+            alpha=acting.scale,
         )  # fmt: skip
         whole = dithered(wide, self.parameter.dtype, self.merges)
         if self.scaling is None:
