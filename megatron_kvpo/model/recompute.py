@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-_SPARE = 3 * 2**30
+_SPARE = 3 * 2**29
 """Bytes left alone, for what backward and recomputation need for a moment."""
 
 

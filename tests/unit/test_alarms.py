@@ -56,6 +56,8 @@ HEALTHY = [
     (), ("policy.mode=full",), ("routing.exploration=noise",), ("routing.exploration=none",),
     ("stream.sampler=euler", "stream.context_noise=0.05"), ("energy.replay_context=self",),
     ("energy.temperature=0.01",), ("energy.grad_steps=1", "energy.space=x0"),
+    ("model.fp8=[ffn,attention,text]",), ("policy.merge=true",),
+    ("model.fp8=[ffn,attention,text]", "policy.merge=true", "model.dtype=bfloat16"),
 ]  # fmt: skip
 
 

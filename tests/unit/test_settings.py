@@ -86,6 +86,10 @@ def test_overrides_reach_lists_tables_paths_and_null(recipe: Path):
         ("optimizer.lr=fast", r"optimizer\.lr is 'fast': it takes a number"),
         ("optimizer.lr=true", r"optimizer\.lr is True: it takes a number"),
         ("model.recompute=1", r"model\.recompute is 1: it takes true or false"),
+        ("model.recompute=maybe", r"model\.recompute is 'maybe': .*choose one of \['auto'\]"),
+        ("model.fp8=[nonsense]", r"model\.fp8\[0\] is 'nonsense': choose one of \['ffn', 'att"),
+        ("model.fp8=ffn", r"model\.fp8 is a list, not 'ffn': write \[ffn\]"),
+        ("model.fp8_scaling=column", r"is 'column': choose one of \['row', 'block'\]"),
         ("stream.sampler=heun", r"'heun': choose one of \['renoise', 'euler'\]"),
         ("stream.steps=1", r"stream\.steps is a list, not 1: write \[1\]"),
         ("stream.steps=[1, x]", r"stream\.steps\[1\] is 'x': it takes a number"),
@@ -115,6 +119,8 @@ def test_a_bad_override_says_what_is_wrong(recipe: Path, override: str, message:
         ("energy.grad_steps=5", "grad_steps 5 exceeds the 4 denoising steps"),
         ("model.max_frames=90", "stream.num_frames 147 exceeds model.max_frames 90"),
         ("model.num_heads=7", "the head size"),
+        ("model.cuda_graph_rows=-1", "model.cuda_graph_rows is -1: use 0 or more"),
+        ("parallel.memory_gib=0", r"parallel\.memory_gib is 0\.0: it must be above 0"),
         ("parallel.sequence_parallel=true", "set parallel.tensor above 1"),
         ("reward.held_out=[vq]", r"rewards \['vq'\] are both trained on and held out"),
         ("energy.temperature=0", "energy.temperature is 0.0: it must be above 0"),
@@ -127,6 +133,29 @@ def test_settings_that_make_no_sense_together_are_refused(
 ):
     with pytest.raises(ValueError, match=message):
         load_config(recipe, [override])
+
+
+def test_merging_is_of_adapters(recipe: Path):
+    assert load_config(recipe, ["policy.merge=true"]).policy.merge
+    with pytest.raises(ValueError, match=r"policy\.merge merges adapters: set policy\.mode lora"):
+        load_config(recipe, ["policy.merge=true", "policy.mode=full"])
+
+
+@pytest.mark.parametrize(("value", "taken"), [("auto", "auto"), ("true", True), ("false", False)])
+def test_recompute_is_a_choice_or_auto(recipe: Path, tmp_path: Path, value: str, taken: bool | str):
+    config = load_config(recipe, [f"model.recompute={value}"])
+    assert config.model.recompute is taken or config.model.recompute == taken == "auto"
+    settings.dump(config, tmp_path / "out.yaml")
+    assert load_config(tmp_path / "out.yaml") == config
+
+
+def test_what_speed_takes_is_read_by_its_types(recipe: Path):
+    given = ["model.fp8=[text, ffn]", "model.cuda_graph_rows=0", "parallel.memory_gib=40"]
+    config = load_config(recipe, given)
+    assert config.model.fp8 == ("text", "ffn")
+    assert config.model.cuda_graph_rows == 0
+    assert config.parallel.memory_gib == 40.0
+    assert load_config(recipe, ["parallel.memory_gib=null"]).parallel.memory_gib is None
 
 
 def test_a_missing_or_foreign_recipe_is_named(tmp_path: Path):
