@@ -240,6 +240,11 @@ class RunConfig:
                 f"model.dtype is {self.model.dtype} and policy.mode full: weights that train are "
                 "float32. Train an adapter (policy.mode lora) or set model.dtype to float32"
             )
+        if self.model.fp8 and self.policy.mode == "full":
+            raise ValueError(
+                f"model.fp8 is {list(self.model.fp8)} and policy.mode full: products in 8 bits "
+                "need a frozen base. Train an adapter (policy.mode lora), or leave model.fp8 out"
+            )
         if self.energy.grad_steps > len(self.stream.steps):
             raise ValueError(
                 f"energy.grad_steps {self.energy.grad_steps} exceeds the "

@@ -70,7 +70,7 @@ class CausalWan(nn.Module):
             mark_replicated(parameter, sequence=False)
         grid = config.latent_height // config.patch[1], config.latent_width // config.patch[2]
         self._rotary = Rotary(config.head_dim, grid, config.max_frames)
-        self._captured, self._recompute = CapturedPasses(), Recompute()
+        self._captured, self.recompute = CapturedPasses(), Recompute()
         self.to(device)
         for name, parameter in self.named_parameters():
             if ".adapter." not in name:  # what trains stays float32
@@ -145,7 +145,7 @@ class CausalWan(nn.Module):
         ]
         if torch.is_grad_enabled():
             mode = self.model_config.recompute
-            hidden_LBD = self._recompute.run(mode, list(self.blocks), hidden_LBD, arguments)
+            hidden_LBD = self.recompute.run(mode, list(self.blocks), hidden_LBD, arguments)
         else:
             for block, own in zip(self.blocks, arguments, strict=True):
                 hidden_LBD = block(hidden_LBD, *own)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_kvpo.model.fused import FP8, EightBits, quantise_rows
 
 _ROWS = 16
-"""Transformer Engine takes multiples of so many tokens."""
+"""Features come in multiples of so many, and with Transformer Engine tokens too."""
 
 
 class Product(Protocol):
@@ -95,17 +95,36 @@ KINDS: dict[str, type[RowScaled] | type[BlockScaled]] = {"row": RowScaled, "bloc
 """By model.fp8_scaling."""
 
 
-def check_scaling(scaling: str, device: torch.device) -> None:
+def check_scaling(scaling: str, dtype: torch.dtype, device: torch.device) -> None:
     """Raise ValueError unless this kind of product can run here."""
-    if scaling != "block":
-        return
-    if importlib.util.find_spec("transformer_engine") is None:
+    if scaling == "block" and importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
             "model.fp8_scaling is block and Transformer Engine is not installed: install it, or "
             "set model.fp8_scaling to row"
         )
-    if device.type != "cuda":
+    if scaling == "block" and device.type != "cuda":
         raise ValueError(
             f"model.fp8_scaling is block and the device is {device.type}: Transformer Engine needs "
             "a GPU; set model.fp8_scaling to row"
+        )
+    if device.type != "cuda":
+        return
+    if dtype != torch.bfloat16:
+        raise ValueError(
+            f"model.fp8 on a GPU gives bfloat16 and model.dtype is {dtype}: set model.dtype to "
+            "bfloat16, or leave model.fp8 out"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            f"model.fp8 needs a GPU of compute capability 8.9 or later, {device} has "
+            f"{torch.cuda.get_device_capability(device)}: leave it out"
+        )
+
+
+def check_sizes(outputs: int, inputs: int) -> None:
+    """Raise ValueError for a rank's share of a layer that 8-bit products do not take."""
+    if outputs % _ROWS or inputs % _ROWS:
+        raise ValueError(
+            f"model.fp8: a rank's share of a layer is {outputs} x {inputs}, 8-bit products take "
+            f"multiples of {_ROWS}: leave this family out, or lower parallel.tensor"
         )

@@ -43,6 +43,20 @@ class PagePool:
         self._uses[page] = 1
         return page
 
+    def reserve_run(self, leave: int) -> range:
+        """Take the longest run of neighbouring free pages, so that `leave` others stay free."""
+        free, best, start = sorted(self._free), range(0), 0
+        for i in range(1, len(free) + 1):
+            if i == len(free) or free[i] != free[i - 1] + 1:
+                if i - start > len(best):
+                    best = range(free[start], free[i - 1] + 1)
+                start = i
+        best = best[: max(0, len(free) - leave)]
+        self._free = [page for page in self._free if page not in best]
+        for page in best:
+            self._uses[page] = 1
+        return best
+
     def hold(self, page: int) -> None:
         """Count one more holder of a page."""
         self._uses[page] += 1

@@ -1,4 +1,8 @@
-"""Which blocks keep their activations for backward: as many as the memory holds."""
+"""Which blocks keep their activations for backward: as many as the memory holds.
+
+The first ones in pages that nobody needs meanwhile, if there are any, the next in memory that is
+free.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from megatron_kvpo.model.arena import Arena
 
 _SPARE = 3 * 2**29
 """Bytes left alone, for what backward and recomputation need for a moment."""
@@ -20,6 +26,9 @@ class Recompute:
     """
 
     def __init__(self) -> None:
+        self.arena: Arena | None = None
+        """Lent memory, while there is some."""
+
         self._bytes: dict[Any, int] = {}
 
     def run(
@@ -30,28 +39,36 @@ class Recompute:
 
         `mode` True: recompute all blocks; False: none; "auto": those that do not fit.
         """
-        kept = self._kept(mode, hidden, len(blocks))
+        lent, kept = self._kept(mode, hidden, len(blocks))
         measure = mode == "auto" and hidden.is_cuda and hidden.shape not in self._bytes
+        if self.arena is not None:
+            self.arena.reset()
         for number, (block, own) in enumerate(zip(blocks, arguments, strict=True)):
-            if number >= kept:
+            if number < lent and self.arena is not None:
+                with self.arena.saving():
+                    hidden = block(hidden, *own)
+            elif number < lent + kept:
+                before = torch.cuda.memory_allocated() if measure else 0
+                hidden = block(hidden, *own)
+                if measure:
+                    self._bytes[hidden.shape] = torch.cuda.memory_allocated() - before
+                    measure = False
+            else:
                 hidden = checkpoint(block, hidden, *own, use_reentrant=False)
-                continue
-            before = torch.cuda.memory_allocated() if measure else 0
-            hidden = block(hidden, *own)
-            if measure:
-                self._bytes[hidden.shape] = torch.cuda.memory_allocated() - before
-                measure = False
         return hidden
 
-    def _kept(self, mode: bool | str, hidden: Tensor, blocks: int) -> int:
+    def _kept(self, mode: bool | str, hidden: Tensor, blocks: int) -> tuple[int, int]:
+        """Blocks that keep their activations: in lent memory, and in the GPU's own."""
         if mode != "auto":
-            return 0 if mode else blocks
+            return 0, 0 if mode else blocks
         if not hidden.is_cuda:
-            return blocks
+            return 0, blocks
         size = self._bytes.get(hidden.shape)
         if size is None:
-            return 1
-        return max(0, min(blocks, (free_bytes(hidden.device) - _SPARE - 2 * size) // max(1, size)))
+            return 0, 1
+        lent = 0 if self.arena is None else min(blocks, self.arena.num_bytes // (size + size // 16))
+        free = free_bytes(hidden.device) - _SPARE - 2 * size
+        return lent, max(0, min(blocks - lent, free // max(1, size)))
 
 
 def free_bytes(device: torch.device) -> int:

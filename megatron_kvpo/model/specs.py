@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_kvpo.config import ModelConfig, ParallelConfig, PolicyConfig
-from megatron_kvpo.model.eight_bits import check_scaling
+from megatron_kvpo.model.eight_bits import check_scaling, check_sizes
 from megatron_kvpo.model.fused import EightBits, Form, Tokens, without_graph
 from megatron_kvpo.model.lora import Adapter, Switch, mark_sharded
 from megatron_kvpo.model.product import Weight, make_margin, product
@@ -74,7 +74,7 @@ class Spec:
         elif policy is not None:
             swaps = True
         if model.fp8:
-            check_scaling(model.fp8_scaling, ranks.device)
+            check_scaling(model.fp8_scaling, model.torch_dtype, ranks.device)
         return Spec(
             transformer_config(model, parallel), ranks, Switch(), lora, eight_bits=model.fp8,
             scaling=model.fp8_scaling, swaps=swaps, merges=merges,
@@ -191,6 +191,8 @@ class _Adapted(nn.Module):
         self._sequence, self._axis, self._partition = spec.sequence, spec.ranks.tensor, partition
         mark_sharded(self.weight, partition)  # Megatron does so only where it initialises
         scaling = spec.scaling if family in spec.eight_bits else None
+        if scaling is not None:
+            check_sizes(out_dim, in_dim)
         merges = len(spec.switch.adapters) if spec.merges else None
         self._held, self._margin = Weight(self.weight, scaling, merges), 0
         self.adapter = None

@@ -33,6 +33,13 @@ def branch_pages(stream: StreamConfig, routing: RoutingConfig, prompts: Iterable
     return most
 
 
+def replay_pages(
+    stream: StreamConfig, routing: RoutingConfig, memory: MemoryConfig, prompt: Prompt, rows: int
+) -> int:
+    """Most pages that a replay of some branches takes beyond their prefix's."""
+    return rows * (branch_pages(stream, routing, [prompt]) + _bank_pages(memory))
+
+
 def run_pages(
     stream: StreamConfig, routing: RoutingConfig, memory: MemoryConfig, prompts: Sequence[Prompt],
     held_out: Sequence[Prompt], *, groups: int, sequences: int, videos: int,

@@ -6,7 +6,8 @@ table and, for MemFlow, a memory bank; rows of one group share their prefix's pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatron_kvpo.config import MemoryConfig, RoutingConfig, StreamConfig
 from megatron_kvpo.flow import timestep
+from megatron_kvpo.model.arena import Arena
 from megatron_kvpo.model.causal_wan import CausalWan, TextKeys
 from megatron_kvpo.model.memory_bank import MemoryBank, commit
 from megatron_kvpo.model.pages import PagePool, PageTable, PassPages
@@ -47,6 +49,19 @@ def new_world(
     frames = min(stream.resident_frames, stream.num_frames) + stream.block_frames
     pages = rows * (frames + 2 * memory.bank_frames)
     return World(model, model.new_pool(pages), stream, routing, memory)
+
+
+@contextmanager
+def lent_pages(world: World, leave: int) -> Iterator[None]:
+    """Let backward passes inside keep activations in pages that are free; `leave` of them stay."""
+    arena = Arena(world.pool, leave) if world.model.model_config.recompute == "auto" else None
+    world.model.recompute.arena = arena
+    try:
+        yield
+    finally:
+        world.model.recompute.arena = None
+        if arena is not None:
+            arena.release()
 
 
 class Stream:

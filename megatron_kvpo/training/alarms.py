@@ -131,8 +131,9 @@ def _prefix_difference(ranks: Ranks, groups: Sequence[SampledGroup]) -> float:
         latent = sampled.group.latent_NFCHW[:, : sampled.group.plan.fork_frame]
         worst = max(worst, float((latent - latent[:1]).abs().max()))
         pages = list(sampled.prefix.tables[0].pages.values())
-        for held in (sampled.prefix.world.pool.key, sampled.prefix.world.pool.value):
-            equal, difference = all_equal(held[:, pages], ranks.branch)
+        pool = sampled.prefix.world.pool
+        for held in (*pool.key, *pool.value):  # a layer at a time: all of them are gigabytes
+            equal, difference = all_equal(held[pages], ranks.branch)
             worst = max(worst, difference if not equal else 0.0)
     return worst
 

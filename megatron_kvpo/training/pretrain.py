@@ -118,6 +118,13 @@ class PretrainConfig:
     fitting: FittingConfig = field(default_factory=FittingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
+    def __post_init__(self) -> None:
+        if self.model.fp8:
+            raise ValueError(
+                f"model.fp8 is {list(self.model.fp8)}: products in 8 bits need a frozen base, and "
+                "pre-training trains it; leave model.fp8 out"
+            )
+
     @property
     def run_folder(self) -> Path:
         """Where this run writes."""

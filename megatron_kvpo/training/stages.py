@@ -18,7 +18,8 @@ from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
 from megatron_kvpo.rollout.replay import Push, replay
 from megatron_kvpo.rollout.sampler import TextEncoder
-from megatron_kvpo.rollout.stream import World
+from megatron_kvpo.rollout.sizing import replay_pages
+from megatron_kvpo.rollout.stream import World, lent_pages
 from megatron_kvpo.routing import diversity, draw_plan
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.policy import Policy
@@ -191,17 +192,21 @@ class Stages:
         drift_weight: float, target_NPTFCHW: Tensor | None,
     ) -> list[Tensor]:  # fmt: skip
         """Some of a group's branches, policy.max_rows at a time. Their drifts."""
-        most, scale = self.config.policy.max_rows, self.policy.optimizer.loss_scale
+        config, scale = self.config, self.policy.optimizer.loss_scale
+        most = config.policy.max_rows
         noises = self.noises(update, sampled.group.prompt.index)
         drifts = []
         for first in range(branches.start, branches.stop, most):
             rows = range(first, min(first + most, branches.stop))
             part = slice(rows.start, rows.stop)
             push = Push(weight_B=weight_G[part], drift_weight=drift_weight, scale=scale)
-            found = replay(
-                sampled, self.encode, noises, self.config.energy, rows, push=push,
-                reference_BPTFCHW=None if target_NPTFCHW is None else target_NPTFCHW[part],
-            )  # fmt: skip
+            need = replay_pages(config.stream, config.routing, config.memory,
+                                sampled.group.prompt, len(rows))  # fmt: skip
+            with lent_pages(self.world, leave=need):
+                found = replay(
+                    sampled, self.encode, noises, config.energy, rows, push=push,
+                    reference_BPTFCHW=None if target_NPTFCHW is None else target_NPTFCHW[part],
+                )  # fmt: skip
             drifts.append(found.drift_B)
         return drifts
 

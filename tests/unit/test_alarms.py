@@ -211,7 +211,8 @@ def test_prefix_pages_that_differ_between_ranks_sound_the_prefix_alarm(begun, mo
     monkeypatch.setattr(alarms, "all_equal", unequal)
     sounds(begun, "prefix pages")
     forks = [sampled.group.plan.fork_frame for sampled in begun.groups]
-    assert shapes == [(2, fork, 4, 2, 16) for fork in forks for _ in ("key", "value")]
+    layers = [(kind, layer) for kind in ("key", "value") for layer in range(2)]
+    assert shapes == [(fork, 4, 2, 16) for fork in forks for _ in layers]
 
 
 def test_energies_that_are_no_numbers_sound_an_alarm(begun):
