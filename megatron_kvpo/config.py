@@ -77,6 +77,9 @@ class OptimizerConfig:
 
     grad_clip: float = 1.0
     ema_decay: float = 0.999
+    distributed: bool = False
+    """Share AdamW's moments over the ranks that hold replicas (megatron-core's distributed
+    optimizer): each keeps 1/n of them."""
 
     def __post_init__(self) -> None:
         if self.lr < 0 or not 0 <= self.ema_decay < 1 or self.warmup_updates < 0:

@@ -3,7 +3,7 @@
 Megatron-core names CUDA in four ways where the CPU would do: `device=torch.cuda.current_device()`,
 `device="cuda"`, tensor types compared with "torch.cuda.FloatTensor", and CUDA's random state. Each
 of its modules gets a stand-in for `torch` (and only those modules do) that answers with the CPU;
-two comparisons and two functions are replaced by name. Holds for 0.16.1 and 0.19.2.
+three comparisons and two functions are replaced by name. Holds for 0.16.1 and 0.19.2.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def install_cpu_megatron() -> None:
             _replace_torch(module)
     with warnings.catch_warnings():  # on the CPU there is no fused library to miss
         warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-        from megatron.core.optimizer import clip_grads
+        from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     _use_cpu_random_state()
     _accept_cpu_types(clip_grads.clip_grad_by_total_norm_fp32)
+    shares = distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups
+    _accept_cpu_types(shares.__func__)

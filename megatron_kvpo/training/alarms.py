@@ -83,6 +83,8 @@ def check_start(
 def check_gradients(config: AlarmsConfig, stages: Stages) -> float:
     """Gradients equal on all replicas after the reduction. Call between finalize and step.
 
+    With optimizer.distributed it is the weights: see Optimizer.check_gradients_equal.
+
     Raises:
         AlarmError: they differ.
     """
@@ -91,8 +93,8 @@ def check_gradients(config: AlarmsConfig, stages: Stages) -> float:
     difference = stages.policy.optimizer.check_gradients_equal()
     if difference != 0:
         raise AlarmError(
-            f"alarm gradients: reduced gradients differ between data ranks by {difference:.3g} "
-            "(limit 0): they are not averaged"
+            "alarm gradients: reduced gradients (weights, with optimizer.distributed) differ "
+            f"between data ranks by {difference:.3g} (limit 0): they are not averaged"
         )
     return difference
 

@@ -21,6 +21,7 @@ from torch import nn
 from megatron_kvpo.config import OptimizerConfig
 from megatron_kvpo.parallel.collect import all_equal
 from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.training.shared_moments import SharedMoments
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def build_optimizer(
 
     Args:
         model: its parameters with requires_grad are trained, float32, for the optimizer's life:
-            change their values in place and never rebind `.data`.
+            change their values in place and never rebind `.data`. With config.distributed their
+            values move into a buffer: what keeps a `.data` of them is built afterwards.
         transformer_config: Megatron's TransformerConfig, the model's own.
         config: learning rate, decay, clipping. Decay is decoupled and falls on every parameter.
         ranks: who holds replicas.
@@ -49,10 +51,11 @@ def build_optimizer(
         wrapped = DistributedDataParallel(
             transformer_config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, overlap_grad_reduce=False, use_distributed_optimizer=False
+                grad_reduce_in_fp32=True, overlap_grad_reduce=False,
+                use_distributed_optimizer=config.distributed,
             ),
             model,
-        )
+        )  # fmt: skip
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=config.lr,
@@ -64,12 +67,13 @@ def build_optimizer(
         adam_eps=config.eps,
         clip_grad=config.grad_clip,
         params_dtype=torch.float32,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=config.distributed,
     )
     # An empty table of overrides: by default Megatron spares biases and vectors the decay.
-    inner = get_megatron_optimizer(
-        megatron_config, [wrapped], config_overrides={}, use_gloo_process_groups=False
-    )
+    with torch.no_grad():  # shares of parameters are leaves then
+        inner = get_megatron_optimizer(
+            megatron_config, [wrapped], config_overrides={}, use_gloo_process_groups=False
+        )
     optimizer = Optimizer(wrapped, inner, config, ranks)
     _log.info("optimizer is %s on %d tensors", optimizer.name, len(optimizer.parameters))
     return optimizer
@@ -99,6 +103,10 @@ class Optimizer:
         self._ranks = ranks
         self._reduced = self._any = False
         self._prime()
+        self._shared: SharedMoments | None = None
+        if config.distributed:
+            (buffer,) = wrapped.buffers  # one, as all parameters are float32
+            self._shared = SharedMoments(buffer, inner.optimizer)
         self.gradient_norm = math.nan
         """Norm over all ranks' shares at the last step, before clipping. NaN before the first."""
 
@@ -120,8 +128,8 @@ class Optimizer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in the optimizer's order."""
-        return [p for group in self._inner.param_groups for p in group["params"]]
+        """What is trained, in the model's order, which is the optimizer's."""
+        return [p for p in self._wrapped.module.parameters() if p.requires_grad]
 
     def zero_grad(self) -> None:
         """Start an update: forget all gradients."""
@@ -145,7 +153,10 @@ class Optimizer:
         self._any = True
 
     def finalize(self) -> None:
-        """Average the gradients over replicas. Once per update, after the last backward."""
+        """Average the gradients over replicas. Once per update, after the last backward.
+
+        With optimizer.distributed each rank gets the averages of its own share only.
+        """
         from megatron.core.distributed import finalize_model_grads
 
         if self._reduced:
@@ -156,13 +167,18 @@ class Optimizer:
     def check_gradients_equal(self) -> float:
         """Largest difference of the reduced gradients between replicas; 0.0 if all bits agree.
 
+        With optimizer.distributed a reduced gradient is on one rank only, and nothing is there to
+        compare it with. The weights that it was taken at are compared instead: every rank has
+        them, and if they agree now, one gather after each step keeps them so.
+
         Bits that differ without a numerical difference (0.0 and -0.0) count as the smallest
         positive float. Collective; call it between `finalize` and `step`.
         """
         largest = 0.0
         for buffer in self._wrapped.buffers:
+            compared = buffer.param_data if self._config.distributed else buffer.grad_data
             for axis in (self._ranks.replicas, self._ranks.context):
-                equal, difference = all_equal(buffer.grad_data, axis)
+                equal, difference = all_equal(compared, axis)
                 largest = max(largest, difference, 0.0 if equal else math.ulp(0.0))
         return largest
 
@@ -201,10 +217,26 @@ class Optimizer:
     def sharded_state_dict(self, model_sharded: dict[str, Any]) -> dict[str, Any]:
         """Moments and step count as Megatron's sharded tensors, to save or to load into.
 
+        The form does not tell whether ranks shared the moments: any number of ranks, sharing or
+        not, reads it. If they do, whole moments are gathered in host memory. Collective.
         `model_sharded` is the model's sharded state dict with the parameters themselves as data
         (state_dict with keep_vars). ValueError from Megatron if it lacks a trained parameter.
         """
-        sharded: dict[str, Any] = self._inner.sharded_state_dict(model_sharded)
+        if self._shared is None:
+            sharded: dict[str, Any] = self._inner.sharded_state_dict(model_sharded)
+            return sharded
+        from megatron.core.dist_checkpointing import optimizer as sharding
+
+        moments = self._shared.whole(self.parameters)
+        (group,) = self._inner.param_groups
+        state = dict(enumerate(moments))
+        sharded = {"state": state, "param_groups": [{**group, "params": list(state)}]}
+        sharding.optim_state_to_sharding_state(
+            sharded, sharding.get_param_id_to_sharded_param_map(model_sharded, self.parameters)
+        )
+        steps = [held["step"] for held in self._inner.optimizer.state.values() if "step" in held]
+        if steps and steps[0]:
+            sharded["state"]["common_step"] = steps[0]
         return sharded
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,15 +245,30 @@ class Optimizer:
         Moments and step count come from `state`; learning rate, betas, eps and decay stay those of
         this run's config.
         """
+        moments = dict(state["state"])
+        if self._counts_per_tensor:  # Megatron omits the count of a run that has not stepped yet
+            moments.setdefault("common_step", torch.tensor(0.0))
+        if self._shared is not None:
+            self._take_shares(moments, state["param_groups"])
+            return
         own_groups = self._inner.param_groups
         groups = [
             {**saved, **{k: v for k, v in own.items() if k not in ("params", "step")}}
             for saved, own in zip(state["param_groups"], own_groups, strict=True)
         ]
-        moments = dict(state["state"])
-        if self._counts_per_tensor:  # Megatron omits the count of a run that has not stepped yet
-            moments.setdefault("common_step", torch.tensor(0.0))
         self._inner.load_state_dict({**state, "state": moments, "param_groups": groups})
+
+    def _take_shares(self, moments: dict[Any, Any], groups: list[dict[str, Any]]) -> None:
+        """Keep this rank's shares of whole moments, and the step count."""
+        assert self._shared is not None
+        step = moments.pop("common_step", None)
+        self._shared.take(self.parameters, [moments[i] for i in range(len(moments))])
+        if self._counts_per_tensor:
+            for state in self._inner.optimizer.state.values():
+                state["step"] = step.clone()  # each its own: a step raises every one
+        for saved, own in zip(groups, self._inner.param_groups, strict=True):
+            if "step" in saved:
+                own["step"] = saved["step"]
 
     @property
     def _counts_per_tensor(self) -> bool:

@@ -44,15 +44,13 @@ class Policy:
             initialise(model, config.seed, on_device=on_device)
         else:
             load_base(model, config.model.weights)
-        bank: AdapterBank | FullBank
-        if config.policy.mode == "lora":
+        lora = config.policy.mode == "lora"
+        if lora:
             initialise_adapters(model, config.seed, on_device=on_device)
             if config.policy.adapter is not None:
                 load_adapter(model, config.policy.adapter)
-            bank = AdapterBank(model, spec.switch)
-        else:
-            bank = FullBank(model)
         optimizer = build_optimizer(model, model.config, config.optimizer, ranks)
+        bank = AdapterBank(model, spec.switch) if lora else FullBank(model)  # after values moved
         return Policy(model, bank, optimizer, config)
 
     @contextlib.contextmanager

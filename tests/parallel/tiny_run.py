@@ -235,11 +235,12 @@ def _whole_gradient(parameter: Tensor, axis: Axis) -> Tensor:
 
 
 def moments(policy: Policy) -> dict[str, Tensor]:
-    """Adam's state of each trained parameter on this rank."""
-    state = policy.optimizer._inner.optimizer.state
+    """This rank's share of Adam's state, by the numbers of its parameters or of their parts."""
+    adam = policy.optimizer._inner.optimizer
+    held = [p for group in adam.param_groups for p in group["params"]]
     return {
-        f"{name}/{key}": state[p][key].clone().cpu()
-        for name, p in policy.trained().items()
+        f"{number}/{key}": adam.state[p][key].clone().cpu()
+        for number, p in enumerate(held)
         for key in ("exp_avg", "exp_avg_sq", "step")
     }
 
