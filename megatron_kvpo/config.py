@@ -111,8 +111,11 @@ class PolicyConfig:
     """Prompts per optimizer step, over all data ranks."""
 
     max_rows: int = 96
-    """Sequences of one evaluation or backward pass; more are sent in turns. A group's rollout and
-    replay go as one batch."""
+    """Sequences of one evaluation or backward pass; more are sent in turns."""
+
+    rollout_rows: int | None = None
+    """Sequences of a group that roll out, and are replayed, at once; more go in turns, which takes
+    fewer pages. None is all of them."""
 
     def __post_init__(self) -> None:
         if self.adapter is not None and self.mode == "full":
@@ -124,7 +127,8 @@ class PolicyConfig:
             raise ValueError("policy.merge merges adapters: set policy.mode lora, or leave it out")
         check_positive("policy", lora_rank=self.lora_rank, groups_per_update=self.groups_per_update,
                   rollouts_per_policy_sync=self.rollouts_per_policy_sync,
-                  max_rows=self.max_rows)  # fmt: skip
+                  max_rows=self.max_rows,
+                  rollout_rows=1 if self.rollout_rows is None else self.rollout_rows)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -86,7 +86,7 @@ class GroupNoise:
 @torch.no_grad()
 def roll_out_group(
     world: World, encode: TextEncoder, prompt: Prompt, plan: RoutingPlan,
-    noises: GroupNoise, sequences: tuple[int, ...],
+    noises: GroupNoise, sequences: tuple[int, ...], most: int | None = None,
 ) -> SampledGroup:  # fmt: skip
     """Generate one group: the prefix once, then `sequences` (branches and the anchor) together.
 
@@ -97,6 +97,7 @@ def roll_out_group(
         plan: where to fork and what each branch sees.
         noises: of this group.
         sequences: which of 0..G (G is the anchor) this rank generates.
+        most: rows of one batch; None is all.
     """
     config = world.stream
     stream = Stream.begin(world, 1, encode_segment(world.model, encode, [prompt], 0))
@@ -107,14 +108,31 @@ def roll_out_group(
             _extend(stream, blocks, noises, noises.shared(frame, 1), None)
         _switch(stream, encode, prompt, blocks)
     with stage("branches"):
-        return _branch(stream, blocks, encode, prompt, plan, noises, sequences)
+        parts = [
+            _branch(stream, blocks, encode, prompt, plan, noises, part)
+            for part in batches(sequences, most)
+        ]
+    latents, states, velocities = (
+        torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)
+    )
+    trajectory = Trajectory(state_NPTFCHW=states, velocity_NPTFCHW=velocities)
+    group = RolloutGroup(
+        prompt=prompt, plan=plan, latent_NFCHW=latents, trajectory=trajectory, sequences=sequences
+    )
+    return SampledGroup(group, stream)
+
+
+def batches(sequences: Sequence[int], most: int | None) -> list[tuple[int, ...]]:
+    """The same in order, at most so many together; all in one if None."""
+    size = most or len(sequences)
+    return [tuple(sequences[i : i + size]) for i in range(0, len(sequences), size)]
 
 
 def _branch(
     prefix: Stream, blocks: list[Tensor], encode: TextEncoder, prompt: Prompt, plan: RoutingPlan,
     noises: GroupNoise, sequences: tuple[int, ...],
-) -> SampledGroup:  # fmt: skip
-    """Continue the prefix as one batch to the end of the video."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Continue the prefix as one batch to the end of the video: latents, states, velocities."""
     world, num_rows = prefix.world, len(sequences)
     config = world.stream
     same = torch.zeros(num_rows, dtype=torch.long, device=blocks[0].device)
@@ -136,15 +154,11 @@ def _branch(
         if frame < window_stop:
             records.append(record)
     stream.release()
-    trajectory = Trajectory(
-        state_NPTFCHW=_stack([record.states for record in records]),
-        velocity_NPTFCHW=_stack([record.velocities for record in records]),
+    return (
+        torch.cat(blocks, dim=1),
+        _stack([record.states for record in records]),
+        _stack([record.velocities for record in records]),
     )
-    group = RolloutGroup(
-        prompt=prompt, plan=plan, latent_NFCHW=torch.cat(blocks, dim=1),
-        trajectory=trajectory, sequences=sequences,
-    )  # fmt: skip
-    return SampledGroup(group, prefix)
 
 
 def _extend(

@@ -74,7 +74,8 @@ class Run:
         pages = run_pages(
             config.stream, config.routing, config.memory, prompts, held_out,
             groups=config.policy.groups_per_update // ranks.data.size,
-            sequences=max(len(own), min(config.policy.max_rows, config.routing.num_branches)),
+            sequences=max(min(len(own), config.policy.rollout_rows or len(own)),
+                          min(config.policy.max_rows, config.routing.num_branches)),
             videos=min(config.policy.max_rows,
                        len(held_out) * config.evaluation.noises_per_prompt),
         )  # fmt: skip

@@ -15,7 +15,7 @@ from megatron_kvpo.parallel.collect import gather_rows, leveled_shares, shares
 from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.records import Energies, RewardTable, RolloutGroup, Trajectory
 from megatron_kvpo.reward.composite import Scorer
-from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
+from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, batches, roll_out_group
 from megatron_kvpo.rollout.replay import Push, replay
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.sizing import replay_pages
@@ -56,8 +56,9 @@ class Stages:
                 plan = draw_plan(self.config.stream, self.config.routing, coordinates)
                 noises = self.noises(update, prompt.index)
                 sampled = roll_out_group(
-                    self.world, self.encode, prompt, plan, noises, self.sequences
-                )
+                    self.world, self.encode, prompt, plan, noises, self.sequences,
+                    self.config.policy.rollout_rows,
+                )  # fmt: skip
                 groups.append(SampledGroup(self._whole_group(sampled.group), sampled.prefix))
         return groups
 
@@ -122,24 +123,29 @@ class Stages:
     ) -> Energies:
         """Energies of all branches and of the anchors under the policy of `slot`.
 
-        This rank's rows of a group go as one batch, as in its rollout, so that bits repeat. `keep`
+        This rank's rows of a group go in the batches of its rollout, so that bits repeat. `keep`
         keeps the velocities, all branch ranks', too.
         """
         branches, anchors, velocities = [], [], []
+        parts = batches(self.sequences, self.config.policy.rollout_rows)
         with stage("replay"), self.policy.acting(slot):
             for sampled in groups:
                 noises = self.noises(update, sampled.group.prompt.index)
-                found = replay(
-                    sampled, self.encode, noises, self.config.energy, self.sequences, keep=keep
-                )
-                energy_N = gather_rows(found.energy_B, self.ranks.branch, self._sizes)
+                found = [
+                    replay(sampled, self.encode, noises, self.config.energy, rows, keep=keep)
+                    for rows in parts
+                ]
+                energy_N = self._gathered([part.energy_B for part in found])
                 branches.append(energy_N[:-1])
                 anchors.append(energy_N[-1])
-                if found.velocity_BPTFCHW is not None:
-                    velocities.append(
-                        gather_rows(found.velocity_BPTFCHW, self.ranks.branch, self._sizes)
-                    )
+                if keep:
+                    velocities.append(self._gathered([p.velocity_BPTFCHW for p in found]))
         return Energies(torch.stack(branches), torch.stack(anchors), tuple(velocities))
+
+    def _gathered(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """All sequences' rows, from the batches of this rank's."""
+        own = torch.cat([part for part in parts if part is not None])
+        return gather_rows(own, self.ranks.branch, self._sizes)
 
     def backward(
         self, update: int, groups: Sequence[SampledGroup], weight_PG: Tensor,
