@@ -54,8 +54,12 @@ class Weight:
             self._full.refill(whole)
 
     def times(self, x: Tensor | EightBits, bias: Tensor | None, *, merged: bool) -> Tensor:
-        """X W^T + b, [R, in] -> [R, out]. No graph."""
-        if self.scaling is not None:
+        """The product x W^T + b, [R, in] -> [R, out]. No graph.
+
+        In 8 bits if the layer is; but a bare weight in a run that merges is met by the gradient's
+        passes alone, and these are as exact as can be.
+        """
+        if self.scaling is not None and (merged or self.merges is None):
             return self._product(merged).times(x, bias)
         assert isinstance(x, Tensor)
         return nn.functional.linear(x, self.value(merged), bias)
@@ -65,7 +69,8 @@ class Weight:
         return self._merged if merged and self._merged is not None else self.parameter.detach()
 
     def _product(self, merged: bool) -> Product:
-        if merged and self._full is not None:
+        if merged:
+            assert self._full is not None
             return self._full
         version = self.parameter._version
         if self._bare is None or self._bare[0] != version:
@@ -75,9 +80,9 @@ class Weight:
 
 
 def dithered(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
-    """X in `dtype`, rounded up or down by chance in proportion; the same chance at every call.
+    """The values of x in `dtype`, rounded up or down by chance in proportion.
 
-    A small change of x moves a small share of the results, where rounding to the nearest would lose
+    The chance is the same at every call. A small change of x moves a small share of the results, where rounding to the nearest would lose
     it; what `dtype` can hold is left as it is. Float32 to bfloat16; another type rounds as usual.
     """
     if dtype != torch.bfloat16:
