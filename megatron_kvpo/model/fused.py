@@ -86,7 +86,7 @@ def residual_norm(
     x_LBD: Tensor, update_LBD: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor,
     eps: float, *, plus_one: bool = True, form: Form | None = None,
 ) -> tuple[Tensor, Tokens]:  # fmt: skip
-    """The sum x + update * gate, and LayerNorm of that, times (1 +) scale, plus shift: two [L, B, D].
+    """The sum x + update * gate, and its LayerNorm times (1 +) scale plus shift: two [L, B, D].
 
     `shift` and `scale` broadcast over what they lack. `form`: of the normed tokens.
     """

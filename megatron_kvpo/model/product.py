@@ -82,8 +82,9 @@ class Weight:
 def dithered(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
     """The values of x in `dtype`, rounded up or down by chance in proportion.
 
-    The chance is the same at every call. A small change of x moves a small share of the results, where rounding to the nearest would lose
-    it; what `dtype` can hold is left as it is. Float32 to bfloat16; another type rounds as usual.
+    The chance is the same at every call. A small change of x moves a small share of the results,
+    where rounding to the nearest would lose it; what `dtype` can hold is left as it is. Float32 to
+    bfloat16; another type rounds as usual.
     """
     if dtype != torch.bfloat16:
         return x.to(dtype)
