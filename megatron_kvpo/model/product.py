@@ -1,8 +1,9 @@
 """A linear layer's product with its weight and with the low-rank adapter that acts beside it.
 
-y = x W^T + b + s (x A^T) B^T is one node of the graph. Without a graph the adapter costs no pass of
-its own over y: B stands in the margin of W and x A^T in the margin of x, so that one product over
-both adds it; or it is merged into a copy of W.
+y = x W^T + b + s (x A^T) B^T is one node of the graph. In narrow types it is one product: B stands
+in the margin of W and x A^T in the margin of x. So it is rounded once; added to a product that is
+rounded already, the small adapter of the first updates would be lost. Without a graph it may be
+merged into a copy of W instead.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ class Weight:
         self.acts_merged = False
         """Whether passes without a graph use the merged weight, and so no adapter."""
 
+        self.margin = 0
+        """Columns behind the weight, where `make_margin` moved it."""
+
         self._merged: Tensor | None = None
         self._bare: tuple[int, Product] | None = None
         self._full: Product | None = None
@@ -53,16 +57,39 @@ class Weight:
         else:
             self._full.refill(whole)
 
+    def multiplies_in_eight_bits(self, merged: bool) -> bool:
+        """Whether `times` does."""
+        return self.scaling is not None and (merged or self.merges is None)
+
     def times(self, x: Tensor | EightBits, bias: Tensor | None, *, merged: bool) -> Tensor:
         """The product x W^T + b, [R, in] -> [R, out]. No graph.
 
         In 8 bits if the layer is; but a bare weight in a run that merges is met by the gradient's
         passes alone, and these are as exact as can be.
         """
-        if self.scaling is not None and (merged or self.merges is None):
+        if self.multiplies_in_eight_bits(merged):
             return self._product(merged).times(x, bias)
         assert isinstance(x, Tensor)
         return nn.functional.linear(x, self.value(merged), bias)
+
+    def make_margin(self, rank: int) -> Tensor:
+        """Move the weight to where `rank` columns are free behind it; returns these, [N, rank].
+
+        Whoever later changes the weight must do so in place.
+        """
+        outputs, inputs = self.parameter.shape
+        wide = self.parameter.new_zeros(outputs, inputs + rank)
+        wide[:, :inputs] = self.parameter.data
+        self.parameter.data, self.margin = wide[:, :inputs], rank
+        return wide[:, inputs:]
+
+    def with_adapter(self, acting: LowRank) -> Tensor:
+        """The weight and B side by side, [N, K + r]: in one piece where there is a margin."""
+        own = self.parameter.detach()
+        if not self.margin:
+            return torch.cat([own, acting.acting_up], dim=1)
+        outputs, inputs = own.shape
+        return own.as_strided((outputs, inputs + self.margin), (inputs + self.margin, 1))
 
     def value(self, merged: bool) -> Tensor:
         """[N, K], with the adapter merged or bare."""
@@ -135,7 +162,7 @@ def _plain(
         acting = None
     if acting is not None and isinstance(x, Tensor) and x.shape[1] > dim:
         torch.mm(x[:, :dim], acting.acting_down.t(), out=x[:, dim:])
-        whole, acting = with_margin(weight.parameter, x.shape[1] - dim), None
+        whole, acting = weight.with_adapter(acting), None
     if acting is not None or weight.scaling is not None:
         out = _sum(x, weight, bias, acting, merged=merged)[0]
     elif gelu and not gelu.eight_bits and bias is not None and without_graph(bias):
@@ -153,14 +180,17 @@ def _sum(
     merged: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The product, and x A^T."""
-    out = weight.times(x, bias, merged=merged)
     if acting is None:
-        return out, None
+        return weight.times(x, bias, merged=merged), None
     wide = x if isinstance(x, Tensor) else x.whole_RD
     assert wide is not None
     narrow = torch.mm(wide, acting.acting_down.t())
-    torch.addmm(out, narrow, acting.acting_up.t(), alpha=acting.scale, out=out)
-    return out, narrow
+    if wide.dtype == torch.float32 or weight.multiplies_in_eight_bits(merged):
+        out = weight.times(x, bias, merged=merged)
+        torch.addmm(out, narrow, acting.acting_up.t(), alpha=acting.scale, out=out)
+        return out, narrow
+    both = torch.cat([wide, narrow], dim=1)
+    return nn.functional.linear(both, weight.with_adapter(acting), bias), narrow
 
 
 class _Product(torch.autograd.Function):
@@ -202,21 +232,3 @@ class _Product(torch.autograd.Function):
             to_down = torch.mm(back.t(), x).to(acting.down.dtype)
             to_up = torch.mm(flat.t(), narrow).to(acting.up.dtype).mul_(ctx.adapter.scale)
         return to_x, to_down, to_up, None, None, None, None, None
-
-
-def make_margin(parameter: nn.Parameter, rank: int) -> Tensor:
-    """Move a weight [N, K] to where `rank` columns are free behind it; returns these, [N, rank].
-
-    Whoever later changes the weight must do so in place.
-    """
-    outputs, inputs = parameter.shape
-    wide = torch.zeros(outputs, inputs + rank, dtype=parameter.dtype, device=parameter.device)
-    wide[:, :inputs] = parameter.data
-    parameter.data = wide[:, :inputs]
-    return wide[:, inputs:]
-
-
-def with_margin(parameter: Tensor, rank: int) -> Tensor:
-    """A weight that `make_margin` moved, [N, K + rank], its margin included."""
-    outputs, inputs = parameter.shape
-    return parameter.detach().as_strided((outputs, inputs + rank), (inputs + rank, 1))

@@ -16,7 +16,7 @@ from megatron_kvpo.config import ModelConfig, ParallelConfig, PolicyConfig
 from megatron_kvpo.model.eight_bits import check_scaling, check_sizes
 from megatron_kvpo.model.fused import EightBits, Form, Tokens, without_graph
 from megatron_kvpo.model.lora import Adapter, Switch, mark_sharded
-from megatron_kvpo.model.product import Weight, make_margin, product
+from megatron_kvpo.model.product import Weight, product
 from megatron_kvpo.parallel.groups import Axis, Ranks
 
 
@@ -194,7 +194,7 @@ class _Adapted(nn.Module):
         if scaling is not None:
             check_sizes(out_dim, in_dim)
         merges = len(spec.switch.adapters) if spec.merges else None
-        self._held, self._margin = Weight(self.weight, scaling, merges), 0
+        self._held = Weight(self.weight, scaling, merges)
         self.adapter = None
         if spec.lora is not None:
             rank, alpha = spec.lora
@@ -207,10 +207,10 @@ class _Adapted(nn.Module):
 
     def prepare(self) -> None:
         """On a GPU: let B stand in the margin of the weight, whose memory and type are final."""
-        bare = self._held.scaling is None and self._held.merges is None
-        if self.adapter is not None and self.weight.is_cuda and bare:
-            self._margin = next(iter(self.adapter.lora_A.values())).shape[0]
-            self.adapter.place_up(make_margin(self.weight, self._margin))
+        sums = self._held.scaling is None or self._held.merges is not None
+        if self.adapter is not None and self.weight.is_cuda and sums:
+            rank = next(iter(self.adapter.lora_A.values())).shape[0]
+            self.adapter.place_up(self._held.make_margin(rank))
 
     @property
     def form(self) -> Form:
@@ -220,7 +220,8 @@ class _Adapted(nn.Module):
         acts, held = self.adapter is not None and self.adapter.acting is not None, self._held
         if held.scaling == "row" and (held.merges is None or held.acts_merged):
             return Form(eight_bits=True, whole=acts and not held.acts_merged)
-        return Form(margin=self._margin) if acts and without_graph(self.weight) else Form()
+        room = acts and not held.acts_merged and without_graph(self.weight)
+        return Form(margin=held.margin) if room else Form()
 
     def product(self, x: Tokens, bias: Tensor | None, gelu: Form | None = None) -> Any:
         """This rank's part. Under sequence parallelism Megatron sums the adapter's gradients."""

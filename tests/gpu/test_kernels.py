@@ -13,7 +13,6 @@ from megatron_kvpo.model import fused
 from megatron_kvpo.model.eight_bits import KINDS
 from megatron_kvpo.model.fused import FP8, EightBits, Form
 from megatron_kvpo.model.pages import PassPages
-from megatron_kvpo.model.product import make_margin
 from megatron_kvpo.parallel.groups import Ranks, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import noise
 from tests.gpu import test_one_gpu
@@ -206,7 +205,7 @@ def test_a_layer_with_its_adapter_in_the_margins_is_the_formula(gelu, dtype):
     exact_of = {slot: built.expected(x, slot) for slot in ("current", "old", None)}
     for parameter in (built.weight, built.bias, *built.adapter.parameters()):
         parameter.data = parameter.data.cuda()
-    built.adapter.place_up(make_margin(built.weight, test_product.RANK))
+    built.adapter.place_up(built.held.make_margin(test_product.RANK))
     roomy = torch.nn.functional.pad(x.cuda(), (0, test_product.RANK), value=torch.nan)
     for slot, wanted in exact_of.items():
         built.adapter.choose(slot)

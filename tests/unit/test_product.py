@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from megatron_kvpo.model.fused import Form
 from megatron_kvpo.model.lora import SLOTS, Adapter
-from megatron_kvpo.model.product import Weight, dithered, make_margin, product, with_margin
+from megatron_kvpo.model.product import Weight, dithered, product
 from megatron_kvpo.parallel.seeds import noise
 
 IN, OUT, RANK, ALPHA = 12, 10, 4, 6.0
@@ -150,7 +150,7 @@ def test_a_weight_that_trains_has_its_gradient_and_no_adapter_that_acts():
 def test_an_adapter_in_the_margins_acts_as_beside_the_weight(dtype):
     built, x = layer(dtype), noise((2, 3, IN), "x").to(dtype)
     before, bits = built.weight, built.weight.clone()
-    margin = make_margin(built.weight, RANK)
+    margin = built.held.make_margin(RANK)
     assert built.weight is before
     assert torch.equal(built.weight, bits)
     assert margin.shape == (OUT, RANK)
@@ -173,15 +173,36 @@ def test_an_adapter_in_the_margins_acts_as_beside_the_weight(dtype):
 @torch.no_grad()
 def test_a_weight_with_a_margin_is_seen_whole_and_as_it_is_now():
     built, x = layer(), noise((5, IN + RANK), "x")
-    margin = make_margin(built.weight, RANK)
+    margin = built.held.make_margin(RANK)
     built.adapter.place_up(margin)
     built.adapter.choose("old")
     for shift in (0.0, 1.0):
         built.weight.add_(shift)
         up = ALPHA / RANK * built.adapter.lora_B["old"]
-        assert torch.equal(with_margin(built.weight, RANK), torch.cat([built.weight, up], 1))
+        assert torch.equal(
+            built.held.with_adapter(built.adapter.acting), torch.cat([built.weight, up], 1)
+        )
         exact = built.expected(x[:, :IN], "old")
         assert apart(built.out(x.clone()), exact) < 1e-6
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_first_updates_of_an_adapter_are_not_rounded_away(graph):
+    """In bfloat16 a term far below the product's last bit counts on average."""
+    built, x = layer(torch.bfloat16), noise((2000, IN), "x").bfloat16()
+    pair, outs = built.adapter.lora_A["old"], []
+    up = built.adapter.lora_B["old"]
+    drawn = 5e-4 * noise(tuple(up.shape), "first")
+    for value in (torch.zeros_like(up), drawn):
+        with torch.no_grad():
+            up.copy_(value)
+        built.adapter.choose("old")
+        with torch.set_grad_enabled(graph):
+            outs.append(built.out(x).detach().double())
+    exact = (x.double() @ pair.double().t()) @ (ALPHA / RANK * drawn.double()).t()
+    moved = outs[1] - outs[0]
+    assert exact.abs().mean() < 2**-9 * outs[0].abs().mean()
+    assert float((moved * exact).sum() / exact.square().sum()) == pytest.approx(1, abs=0.15)
 
 
 MANY = 100_000
