@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -292,8 +291,7 @@ def _memory(device: torch.device, name: str, read: Callable[..., int]) -> dict[s
 
 def write(found: dict[str, Any], path: Path) -> None:
     """Write the record, and its table (.md) beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    provenance.write_json(found, path)
     path.with_suffix(".md").write_text(table(found))
 
 

@@ -12,14 +12,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tools import provenance
+
 _COLOURS = ("#2f6fdb", "#e07b39", "#3c9d6b", "#b04ea5", "#8a8d93", "#d4b106", "#4bb3c1", "#c0392b",
             "#7f6df2")  # fmt: skip
 
 
 def write(found: dict[str, Any], path: Path) -> None:
     """Write the record, and its table (.md) and plot (.png) beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    provenance.write_json(found, path)
     draw(path)
 
 

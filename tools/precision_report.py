@@ -16,6 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
 
+from tools import provenance
+
 _COLOURS = ("#2f6fdb", "#e07b39", "#c0392b", "#3c9d6b", "#b04ea5", "#8a8d93")
 _MARKS = ("o", "s", "D", "^", "v", "P")
 _EXACT = 1e-9
@@ -24,8 +26,7 @@ _EXACT = 1e-9
 
 def write(found: dict[str, Any], path: Path) -> None:
     """Write the record, and its tables (.md) and plot (.png) beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
+    provenance.write_json(found, path)
     draw(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -38,6 +39,12 @@ def versions() -> dict[str, str]:
     """Python's and those of the packages that figures depend on."""
     found = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version(), **found}
+
+
+def write_json(found: dict[str, Any], path: Path) -> None:
+    """Write a record."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1, default=str) + "\n")
 
 
 def made_by(module: str, ranks: int) -> dict[str, Any]:
