@@ -71,7 +71,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
             run.stages.scorer = DrawnRewards(run.stages.scorer, decode=options.decode)
             first = first_update(config, options.fork, options.stale, run)
             ceiling = matmul_ceiling(run.ranks.device, config.model.torch_dtype)
-            warm = first_update(config, options.warm_fork or options.fork, options.stale, run)
+            warm = first
+            if options.warm_fork is not None:
+                warm = first_update(config, options.warm_fork, options.stale, run, "--warm-fork")
             watches = list(updates(run, config, (warm, first), options))
             return record(run, options, watches[options.warmup :], ceiling) if run.first else None
         finally:
@@ -115,15 +117,17 @@ class DrawnRewards:
         return tables
 
 
-def first_update(config: RunConfig, fork: int | None, stale: bool, run: Run) -> int:
-    """An update, not the very first, whose groups all fork at `fork`.
+def first_update(
+    config: RunConfig, fork: int | None, stale: bool, run: Run, option: str = "--fork"
+) -> int:
+    """An update, not the very first, whose groups all fork at `fork`, which `option` asked for.
 
     `stale`: one in which the sampling policy is not the current one, so that it is replayed too.
     """
     legal = legal_forks(config.stream, config.routing)
     period = config.policy.rollouts_per_policy_sync
     if fork is not None and fork not in legal:
-        raise ValueError(f"--fork {fork} is no legal fork: {legal}")
+        raise ValueError(f"{option} {fork} is no legal fork: {legal}")
     if stale and period == 1:
         raise ValueError("--stale: policy.rollouts_per_policy_sync 1 never samples by old weights")
     for update in range(period + stale, _LARGEST_SEARCH, period):

@@ -43,9 +43,10 @@ def test_an_update_is_cut_into_its_stages(tmp_path):
     assert f"| branches | {stages['branches']['median_s']:.3g} " in table
     assert out.with_suffix(".png").stat().st_size > 5000
 
-    stale = [*arguments, "--fork", "15", "--stale", "--updates", "1"]
+    stale = [*arguments, "--fork", "15", "--warm-fork", "18", "--stale", "--updates", "1"]
     assert benchmark.main(stale) == 0
     found = json.loads(out.read_text())
+    assert found["stages"]["prefix"]["passes"] == 5 * (steps + 1)  # of the fork that counts
     assert found["stages"]["replay"]["passes"] == 3 * 4 * steps  # the old policy too
     assert "decode" not in found["stages"]
 
@@ -54,6 +55,7 @@ def test_an_update_is_cut_into_its_stages(tmp_path):
     ("arguments", "message"),
     [
         (["--fork", "4"], r"--fork 4 is no legal fork: \[12, 15, 18\]"),
+        (["--warm-fork", "5"], r"--warm-fork 5 is no legal fork: \[12, 15, 18\]"),
         (["--stale"], r"rollouts_per_policy_sync 1 never samples by old weights"),
         (["--updates", "0"], r"--updates 0 and --warmup 1 must be at least 1"),
     ],
