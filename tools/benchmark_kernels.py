@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_kvpo.config import RunConfig
+from megatron_kvpo.model.attention import attend
 from megatron_kvpo.parallel.groups import Ranks
-from megatron_kvpo.parallel.seeds import generator
+from megatron_kvpo.parallel.seeds import device_generator
 
 Call = Callable[[], object]
 
@@ -22,12 +21,6 @@ BURST = 10
 """Calls of one kernel that are timed together: alone it ends sooner than the next is asked for."""
 
 _TABLE_ROWS = 30
-
-_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]  # fmt: skip
-"""The model's own order."""
 
 
 class _Span:
@@ -101,11 +94,6 @@ def median(times: Sequence[float]) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def device_generator(device: torch.device, *coordinates: int | str) -> torch.Generator:
-    """Of the device, for numbers that are too many to draw on the CPU; nobody compares them."""
-    return torch.Generator(device).manual_seed(generator(*coordinates).initial_seed())
-
-
 def profile(call: Call, device: torch.device, path: Path | None) -> None:
     """One call under the profiler, and the table of what took longest; None writes none."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -144,9 +132,7 @@ def _alone(call: Call, device: torch.device, warmup: int, repeats: int) -> float
         for _ in range(BURST):
             call()
 
-    cuda = device.type == "cuda"
-    kernels = sdpa_kernel(_KERNELS, set_priority=True) if cuda else nullcontext()
-    with torch.no_grad(), kernels:
+    with torch.no_grad():
         call_times(burst, device, warmup)
         return median(call_times(burst, device, repeats)) / BURST
 
@@ -198,9 +184,9 @@ class _Drawn:
         return torch.randn(shape, generator=self.generator, device=device, dtype=self.dtype)
 
     def attention(self, rows: int, tokens: int, keys: int, heads: tuple[int, int]) -> Call:
-        query = self.normal(tokens, rows, *heads).permute(1, 2, 0, 3)
-        key, value = (self.normal(rows, keys, *heads).transpose(1, 2) for _ in range(2))
-        return lambda: nn.functional.scaled_dot_product_attention(query, key, value)
+        query = self.normal(tokens, rows, *heads)
+        key, value = (self.normal(rows, keys, *heads) for _ in range(2))
+        return lambda: attend(query, key, value, None)
 
     def linear(self, x_LBD: Tensor, out: int, *, bias: bool) -> Call:
         weight, added = self.normal(out, x_LBD.shape[-1]), self.normal(out) if bias else None

@@ -32,18 +32,17 @@ from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.model.weights import local_part, whole_shape
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
-from megatron_kvpo.parallel.seeds import noise
+from megatron_kvpo.parallel.seeds import device_generator, noise
 from megatron_kvpo.parallel.transfer import indices
 from megatron_kvpo.rollout.sampler import block_noise, extend
 from megatron_kvpo.rollout.stream import Stream, new_world
 from megatron_kvpo.training.parts import build_codec
 from megatron_kvpo.training.policy import Policy
-from tools import provenance
+from tools import benchmark_report, provenance
 from tools.benchmark import matmul_ceiling
 from tools.benchmark_kernels import (
     Call,
     call_times,
-    device_generator,
     floor,
     host_time,
     median,
@@ -297,12 +296,9 @@ def write(found: dict[str, Any], path: Path) -> None:
 
 def table(found: dict[str, Any]) -> str:
     """One line a pass; below, one a floor if there are any."""
-    machine = found["machine"]
     lines = [
-        f"# {found['name']}\n\n`{found['command']}`\n\n{machine['ranks']} x {machine['device']}, "
-        f"commit {found['commit'][:12] or 'unknown'}, torch {found['versions']['torch']}, "
-        f"megatron-core {found['versions']['megatron-core']}, {found['date']}. A large matrix "
-        f"product reaches {found['matmul_ceiling_tflops']:.3g} TFLOP/s here.\n",
+        f"{benchmark_report.head(found)}A large matrix product reaches "
+        f"{found['matmul_ceiling_tflops']:.3g} TFLOP/s here.\n",
         "| pass | slot | rows | ms: median (min to max) | ms a row | host ms | TFLOP | TFLOP/s "
         "| of the ceiling | peak GiB |",
         "|---|---|---|---|---|---|---|---|---|---|",

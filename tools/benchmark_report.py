@@ -35,10 +35,10 @@ def draw(path: Path) -> None:
 
 def stage_table(found: dict[str, Any]) -> str:
     """One line a stage, and the whole update."""
-    head = _head(found)
+    top = head(found)
     if "peak_memory_gib" in found:
-        head += f"Peak memory {found['peak_memory_gib']:.1f} GiB. "
-    head += f"A large matrix product reaches {found['matmul_ceiling_tflops']:.3g} TFLOP/s here.\n\n"
+        top += f"Peak memory {found['peak_memory_gib']:.1f} GiB. "
+    top += f"A large matrix product reaches {found['matmul_ceiling_tflops']:.3g} TFLOP/s here.\n\n"
     lines = [
         "| stage | seconds: median (min to max) | row passes | TFLOP | TFLOP/s | of the ceiling |",
         "|---|---|---|---|---|---|",
@@ -48,7 +48,7 @@ def stage_table(found: dict[str, Any]) -> str:
         work = f"{part['tflop']:.4g}" if part["tflop"] else ""
         span = f"{part['median_s']:.3g} ({part['min_s']:.3g} to {part['max_s']:.3g})"
         lines.append(f"| {name} | {span} | {part['passes'] or ''} | {work} | {rate} |")
-    return head + "\n".join(lines) + "\n"
+    return top + "\n".join(lines) + "\n"
 
 
 def scaling_table(found: dict[str, Any]) -> str:
@@ -57,7 +57,7 @@ def scaling_table(found: dict[str, Any]) -> str:
     for run, share in zip(found["runs"], efficiencies(found), strict=True):
         span = f"{run['update']['median_s']:.3g}"
         lines.append(f"| {run['kind']} | {run['ranks']} | {span} | {share:.2f} |")
-    return _head(found) + "\n\n" + "\n".join(lines) + "\n"
+    return head(found) + "\n\n" + "\n".join(lines) + "\n"
 
 
 def efficiencies(found: dict[str, Any]) -> list[float]:
@@ -78,7 +78,8 @@ def _ranks(run: dict[str, Any]) -> int:
     return int(run["ranks"])
 
 
-def _head(found: dict[str, Any]) -> str:
+def head(found: dict[str, Any]) -> str:
+    """A title, the command, the machine and the versions."""
     machine = found["machine"]
     return (
         f"# {found['name']}\n\n`{found['command']}`\n\n{machine['ranks']} x {machine['device']}, "

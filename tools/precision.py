@@ -31,7 +31,7 @@ from megatron_kvpo.algorithm.energy import step_energy
 from megatron_kvpo.config import RunConfig, load_config
 from megatron_kvpo.flow import sampler_sigmas
 from megatron_kvpo.model.lora import adapters_of
-from megatron_kvpo.parallel.seeds import noise
+from megatron_kvpo.parallel.seeds import device_generator, noise
 from megatron_kvpo.records import RolloutGroup, Trajectory
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.replay import Push, replay, replay_targets
@@ -41,7 +41,6 @@ from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.run import Run
 from tools import precision_report, provenance
 from tools.benchmark import quiet
-from tools.benchmark_kernels import device_generator
 from tools.precision_statistics import GroupTrace, Move, Replayed, compare, slopes
 
 logger = log.get_logger("megatron_kvpo.tools.precision")

@@ -155,7 +155,7 @@ def _plain(
 ) -> Tensor | EightBits:  # fmt: skip
     shape = x.shape[:-1]
     if isinstance(x, Tensor):
-        x = x.view(-1, x.shape[-1]) if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+        x = x.reshape(-1, x.shape[-1])
     merged, dim = weight.acts_merged, weight.parameter.shape[1]
     whole = weight.value(merged)
     if merged:

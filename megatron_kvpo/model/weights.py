@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.lora import SLOTS, Adapter, initial_bound, partition_of
 from megatron_kvpo.parallel.groups import Axis
-from megatron_kvpo.parallel.seeds import generator
+from megatron_kvpo.parallel.seeds import device_generator
 
 PREFIXES = (
     "generator.", "generator_ema.", "model.", "module.", "base_model.", "diffusion_model.",
@@ -54,11 +54,6 @@ def whole_shape(parameter: Tensor, axis: Axis) -> list[int]:
     return shape
 
 
-def _generator_on(device: torch.device, *coordinates: int | str) -> torch.Generator:
-    own = generator(*coordinates)
-    return own if device.type == "cpu" else torch.Generator(device).manual_seed(own.initial_seed())
-
-
 @torch.no_grad()
 def initialise(model: CausalWan, seed: int, *, on_device: bool = False) -> None:
     """Random weights, drawn whole per name so that any layout gets the same model.
@@ -71,7 +66,7 @@ def initialise(model: CausalWan, seed: int, *, on_device: bool = False) -> None:
     device = model.spec.ranks.device if on_device else torch.device("cpu")
     for name, parameter in base_parameters(model):
         shape = whole_shape(parameter, axis)
-        rng = _generator_on(device, "initialise", seed, name)
+        rng = device_generator(device, "initialise", seed, name)
         whole = torch.zeros(shape, device=device)
         if "norm" in name and name.endswith("weight"):
             whole.fill_(1.0)
@@ -99,7 +94,7 @@ def initialise_adapters(model: CausalWan, seed: int, *, on_device: bool = False)
         down = module.lora_A["current"]
         shape = whole_shape(down, axis)
         bound = initial_bound(shape[1])
-        rng = _generator_on(device, "lora", seed, name)
+        rng = device_generator(device, "lora", seed, name)
         whole = torch.empty(shape, device=device).uniform_(-bound, bound, generator=rng)
         for slot in SLOTS:
             module.lora_A[slot].copy_(local_part(whole, down, axis))

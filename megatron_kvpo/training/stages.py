@@ -199,12 +199,10 @@ class Stages:
     ) -> list[Tensor]:  # fmt: skip
         """Some of a group's branches, policy.max_rows at a time. Their drifts."""
         config, scale = self.config, self.policy.optimizer.loss_scale
-        most = config.policy.max_rows
         noises = self.noises(update, sampled.group.prompt.index)
         drifts = []
-        for first in range(branches.start, branches.stop, most):
-            rows = range(first, min(first + most, branches.stop))
-            part = slice(rows.start, rows.stop)
+        for rows in batches(branches, config.policy.max_rows):
+            part = slice(rows[0], rows[-1] + 1)
             push = Push(weight_B=weight_G[part], drift_weight=drift_weight, scale=scale)
             need = replay_pages(config.stream, config.routing, config.memory,
                                 sampled.group.prompt, len(rows))  # fmt: skip
