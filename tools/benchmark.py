@@ -51,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     if options.output.suffix != ".json":
         raise ValueError(f"--output {options.output} must end in .json")
-    if min(options.updates, options.warmup) < 1:
+    if options.updates < 1 or options.warmup < 0:
         raise ValueError(
-            f"--updates {options.updates} and --warmup {options.warmup} must be at least 1: the "
-            "first update compiles kernels and checks the start"
+            f"--updates {options.updates} must be at least 1 and --warmup {options.warmup} not "
+            "negative"
         )
     found = scaling(options) if options.scaling else measure(options)
     if found is not None:
@@ -151,7 +151,7 @@ def updates(
     warm, first = numbers
     total = options.warmup + options.updates
     with Metrics(config, run.first) as metrics, log.Progress(total, first=False) as progress:
-        run.update = warm  # its alarms sound in the first one only
+        run.update = warm if options.warmup else -1  # its alarms sound in the first one only
         for number in range(total):
             update = warm if number < options.warmup else first
             tracing = options.trace is not None and number == total - 1 and run.first
@@ -209,6 +209,7 @@ def record(
         **provenance.made_by(_MODULE, run.ranks.world),
         "matmul_ceiling_tflops": ceiling,
         "fork": options.fork,
+        "warmup": options.warmup,
         "update": whole,
         "stages": stages,
         **_memory(run.ranks),
@@ -264,7 +265,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--output", type=Path, required=True, help="a .json file")
     parser.add_argument("--updates", type=int, default=3, help="that count")
-    parser.add_argument("--warmup", type=int, default=1, help="that do not")
+    parser.add_argument("--warmup", type=int, default=1,
+                        help="that do not; 0 counts the compiling of kernels, too")  # fmt: skip
     parser.add_argument("--fork", type=int, help="latent frame; default: as it is drawn")
     parser.add_argument("--warm-fork", type=int, help="of the warm-up; a late one is short")
     parser.add_argument("--stale", action="store_true", help="with a replay by the old policy")

@@ -38,6 +38,8 @@ def stage_table(found: dict[str, Any]) -> str:
     top = head(found)
     if "peak_memory_gib" in found:
         top += f"Peak memory {found['peak_memory_gib']:.1f} GiB. "
+    if found.get("warmup") == 0:
+        top += "The first update of its process: kernels were compiled in it. "
     top += f"A large matrix product reaches {found['matmul_ceiling_tflops']:.3g} TFLOP/s here.\n\n"
     lines = [
         "| stage | seconds: median (min to max) | row passes | TFLOP | TFLOP/s | of the ceiling |",

@@ -69,13 +69,15 @@ def context_state(
 @torch.no_grad()
 def extend(
     stream: Stream, draw: BlockNoise, coordinates: tuple[int | str, ...],
-    routed_B: Sequence[Sequence[int]] | None = None,
+    routed_B: Sequence[Sequence[int]] | None = None, *, last: bool = False,
 ) -> BlockRecord:  # fmt: skip
-    """Generate the next block of every row and fill the cache with it.
+    """Generate the next block of every row and fill the cache with it, unless it is the `last`.
 
     `coordinates` name the noise of the pass that fills it, if there is any.
     """
     config, record = stream.world.stream, denoise_block(stream, draw, routed_B)
+    if last:
+        return record
     context = context_state(record.clean, config, coordinates)
     stream.commit(context, routed_B, config.context_noise)
     return record
@@ -135,7 +137,7 @@ def generate_videos(
         ]  # fmt: skip
         record = extend(
             stream, lambda step, d=draws: torch.cat([draw(step) for draw in d]),  # type: ignore[misc]
-            (seed, "evaluation", frame),
+            (seed, "evaluation", frame), last=frame + config.block_frames == config.num_frames,
         )  # fmt: skip
         blocks.append(record.clean)
     stream.release()

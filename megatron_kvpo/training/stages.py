@@ -187,7 +187,7 @@ class Stages:
             + ((loss.kl_coefficient > 0 or loss.drift_coefficient > 0) and update > 0)
         )
         fill = blocks - 1
-        one = rolled * (steps + 1) + replays * (blocks * steps + fill)
+        one = rolled * (steps + 1) - 1 + replays * (blocks * steps + fill)
         back = blocks * config.energy.grad_steps * _BACKWARD_PASSES + fill
         return leveled_shares(
             config.routing.num_branches, back, [size * one for size in self._sizes]

@@ -30,7 +30,7 @@ def test_an_update_is_cut_into_its_stages(tmp_path):
     assert stages.keys() >= {"prefix", "branches", "reward", "decode", "replay", "backward", "step"}
     blocks, steps = 7, 4
     assert stages["prefix"]["passes"] == 5 * (steps + 1)
-    assert stages["branches"]["passes"] == 4 * (blocks - 5) * (steps + 1)
+    assert stages["branches"]["passes"] == 4 * ((blocks - 5) * (steps + 1) - 1)  # no last fill
     assert stages["replay"]["passes"] == 2 * 4 * steps  # current and reference
     assert stages["backward"]["passes"] == 3 * steps
     assert all(part["repeats"] == 2 for part in stages.values())
@@ -43,12 +43,16 @@ def test_an_update_is_cut_into_its_stages(tmp_path):
     assert f"| branches | {stages['branches']['median_s']:.3g} " in table
     assert out.with_suffix(".png").stat().st_size > 5000
 
-    stale = [*arguments, "--fork", "15", "--warm-fork", "18", "--stale", "--updates", "1"]
+    assert "kernels were compiled" not in table
+
+    stale = [*arguments, "--fork", "15", "--warm-fork", "18", "--stale", "--updates", "1",
+             "--warmup", "0"]  # fmt: skip
     assert benchmark.main(stale) == 0
     found = json.loads(out.read_text())
     assert found["stages"]["prefix"]["passes"] == 5 * (steps + 1)  # of the fork that counts
     assert found["stages"]["replay"]["passes"] == 3 * 4 * steps  # the old policy too
     assert "decode" not in found["stages"]
+    assert "kernels were compiled in it" in out.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +61,7 @@ def test_an_update_is_cut_into_its_stages(tmp_path):
         (["--fork", "4"], r"--fork 4 is no legal fork: \[12, 15, 18\]"),
         (["--warm-fork", "5"], r"--warm-fork 5 is no legal fork: \[12, 15, 18\]"),
         (["--stale"], r"rollouts_per_policy_sync 1 never samples by old weights"),
-        (["--updates", "0"], r"--updates 0 and --warmup 1 must be at least 1"),
+        (["--updates", "0"], r"--updates 0 must be at least 1 and --warmup 1 not negative"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, arguments, message):
