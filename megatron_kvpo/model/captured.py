@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_kvpo.model.pages import PassPages
+from megatron_kvpo.parallel.groups import before_stop
 
 Layers = tuple[tuple[Tensor, Tensor], ...]
 """Text keys and values of each layer."""
@@ -56,6 +57,16 @@ class CapturedPasses:
         self._captures: dict[Any, _Capture] = {}
         self._texts: dict[Any, _Texts] = {}
         self._memory: Any = None
+        before_stop(self.forget)
+
+    def forget(self) -> None:
+        """Let all graphs go, and the communication that is part of them."""
+        for capture in self._captures.values():
+            capture.graph.reset()
+        self._captures.clear()
+        self._seen.clear()
+        self._texts.clear()
+        self._memory = None
 
     def run(
         self, compute: Compute, latent_BFCHW: Tensor, timestep_BF: Tensor, table_2LE: Tensor,

@@ -1,4 +1,4 @@
-"""Wan 2.1's frozen VAE through diffusers: streaming, with a decoder state that can be forked.
+"""Wan 2.1's frozen VAE: diffusers' modules and encoder, streaming, a decoder state to fork.
 
 The first latent is 1 pixel frame, each next 4, so L latents are 4L - 3. diffusers keeps the state
 of its causal convolutions inside the model while it decodes one video; here the state is a value
@@ -18,14 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_kvpo.model.frozen import fill, read_pickle, read_safetensors, resident
+from megatron_kvpo.model.vae_decoder import Feature, arrange, decode_latents, latents_at_once
 
 ORIGINAL_FILE = "Wan2.1_VAE.pth"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 TEMPORAL_STRIDE = 4
-
-Feature = Tensor | str | None
-"""What one causal convolution keeps: its last input frames [B, C, <=2, H, W], diffusers' mark that
-a temporal upsampling has seen one latent, or nothing yet."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +82,7 @@ class WanVae:
         self.dtype: torch.dtype = vae.dtype
         self.max_rows = max_rows
         self._vae = vae.requires_grad_(False).eval()
+        arrange(vae.decoder)
 
     def num_pixel_frames(self, num_latents: int) -> int:
         """Pixel frames of a video of `num_latents` latent frames, from its start."""
@@ -198,13 +196,13 @@ class WanVae:
         return done
 
     def _pieces(self, latent_BFCHW: Tensor, slots: list[Feature]) -> Iterator[Tensor]:
-        """Pixels [B, 3, 1 or 4, H, W] of one latent frame after the other; `slots` moves on."""
+        """Pixels [B, 3, 1 or 4 a latent, H, W] of a few latents at a time; `slots` move on."""
         mean, std = self._statistics(latent_BFCHW.device)
         raw = (latent_BFCHW.float() * std + mean).to(self.dtype).transpose(1, 2)
-        for frame in range(raw.shape[2]):
-            hidden = self._vae.post_quant_conv(raw[:, :, frame : frame + 1])
-            pixels: Tensor = self._vae.decoder(hidden, feat_cache=slots, feat_idx=[0])
-            yield pixels.clamp(-1, 1)
+        for part in torch.split(raw, latents_at_once(raw.shape[2], slots, len(raw)), dim=2):
+            hidden_BFHWC = self._vae.post_quant_conv(part).permute(0, 2, 3, 4, 1)
+            pixels_BFHWC = decode_latents(self._vae.decoder, hidden_BFHWC, slots)
+            yield pixels_BFHWC.permute(0, 4, 1, 2, 3).clamp(-1, 1).contiguous()
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         mean, std = self.latents_mean.to(device), self.latents_std.to(device)

@@ -8,7 +8,8 @@ Ranks are numbered tensor fastest, then context, then branch, then data:
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import product
@@ -25,6 +26,7 @@ _TRACKER_SEED = 1234
 
 _extra_groups: list[dist.ProcessGroup] = []
 _owns_processes = False
+_before_stop: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,15 @@ def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] =
     )
 
 
+def before_stop(method: Callable[[], None]) -> None:
+    """Have a bound method called when the ranks stop, if its object is still there then.
+
+    For what holds communication: NCCL waits without end for captured graphs to go.
+    """
+    _before_stop[:] = [held for held in _before_stop if held() is not None]
+    _before_stop.append(weakref.WeakMethod(method))
+
+
 def stop_ranks() -> None:
     """Undo start_ranks: afterwards it may be called again, with other sizes.
 
@@ -197,6 +208,10 @@ def stop_ranks() -> None:
     global _owns_processes
     from megatron.core import parallel_state
 
+    for held in _before_stop:
+        if (method := held()) is not None:
+            method()
+    _before_stop.clear()
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         for group in _extra_groups:

@@ -13,7 +13,14 @@ from megatron_kvpo.parallel.collect import (
     share_of,
     shares,
 )
-from megatron_kvpo.parallel.groups import Axis, check_sizes, is_first, start_ranks, stop_ranks
+from megatron_kvpo.parallel.groups import (
+    Axis,
+    before_stop,
+    check_sizes,
+    is_first,
+    start_ranks,
+    stop_ranks,
+)
 
 
 def test_the_data_axis_is_what_remains():
@@ -79,6 +86,26 @@ def test_one_process_outside_torchrun_is_every_axis_at_once(alone):
         assert dist.get_world_size(axis.group) == 1
     with pytest.raises(RuntimeError, match="call stop_ranks first"):
         start_ranks(ParallelConfig(), "cpu")
+
+
+class _Holder:
+    def __init__(self):
+        self.up, self.calls = None, 0
+        before_stop(self.forget)
+
+    def forget(self):
+        self.up, self.calls = dist.is_initialized(), self.calls + 1
+
+
+def test_what_holds_communication_lets_it_go_before_the_ranks_stop():
+    start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    held, gone = _Holder(), _Holder()
+    del gone
+    stop_ranks()
+    assert (held.up, held.calls) == (True, 1)
+    start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    stop_ranks()
+    assert held.calls == 1
 
 
 def test_collecting_over_one_rank_changes_nothing(alone):
