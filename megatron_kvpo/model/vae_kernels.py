@@ -55,7 +55,8 @@ def norm(
     _norm_kernel[(triton.cdiv(pixels, count), frames, rows)](
         x_BFHWC, gamma_C, bias_C, out, pixels, frames, x_BFHWC.stride(0), x_BFHWC.stride(1),
         out.stride(0), out.stride(1), out.stride(3), apart, dim**0.5, DIM=dim,
-        BIAS=bias_C is not None, SILU=silu, PLACES=len(places), PIXELS=count, BLOCK=block, num_warps=4,
+        BIAS=bias_C is not None, SILU=silu, PLACES=len(places), PIXELS=count, BLOCK=block,
+        num_warps=4,
     )  # fmt: skip
 
 
