@@ -21,6 +21,7 @@ from megatron_kvpo.method_config import (
     StreamConfig,
     check_positive,
 )
+from megatron_kvpo.reward_config import RewardConfig
 
 __all__ = [
     "AdvantageConfig", "AlarmsConfig", "CheckpointConfig", "CodecConfig", "DataConfig",
@@ -129,26 +130,6 @@ class PolicyConfig:
                   rollouts_per_policy_sync=self.rollouts_per_policy_sync,
                   max_rows=self.max_rows,
                   rollout_rows=1 if self.rollout_rows is None else self.rollout_rows)  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RewardConfig:
-    """What is optimised and what is only watched."""
-
-    weights: dict[str, float] = field(default_factory=dict)
-    """Component name -> weight in the composite."""
-
-    held_out: tuple[str, ...] = ()
-    """Scored at evaluation, never trained on."""
-
-    pixel_fps: int = 16
-    global_clip_pixel_frames: int = 36
-    """Length of the clip centred on each segment."""
-
-    def __post_init__(self) -> None:
-        both = sorted(set(self.weights) & set(self.held_out))
-        if both:
-            raise ValueError(f"rewards {both} are both trained on and held out: choose one")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,9 +36,8 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
 
     # Explore: one shared prefix a prompt, then G routed branches and the anchor.
     policy.sync_old(update)
-    groups = stages.explore(update)
-    rewards = stages.score(groups)
-    advantage_PG, scale_P, seen = stages.advantages(update, groups, rewards)
+    # Judges elsewhere score the videos from here on.
+    groups = stages.explore(update, send=True)
 
     # Replay: how likely does each policy, unrouted, find these branches?
     current = stages.energies(update, groups, "current")
@@ -46,6 +45,10 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
     reference = run.reference(update, groups, current)
     if update == run.update:
         check_start(config.alarms, stages, update, groups, old, current)
+
+    # Reward: what are they worth, beside the anchor?
+    rewards = stages.score(groups)
+    advantage_PG, scale_P, seen = stages.advantages(update, groups, rewards)
 
     # Update: the loss sees G numbers a group, so each branch goes backward by itself.
     loss, weight_PG = energy_weights(

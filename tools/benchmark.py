@@ -30,7 +30,7 @@ from megatron_kvpo.config import RunConfig, load_config
 from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.parallel.seeds import generator
 from megatron_kvpo.records import RewardTable, RolloutGroup
-from megatron_kvpo.reward.composite import Scorer
+from megatron_kvpo.reward.composite import ScoredGroup, Scorer
 from megatron_kvpo.routing import draw_plan, legal_forks
 from megatron_kvpo.stopwatch import Stopwatch
 from megatron_kvpo.train import train_step
@@ -98,23 +98,21 @@ class DrawnRewards:
     def __init__(self, scorer: Scorer, *, decode: bool) -> None:
         self._scorer, self._decode = scorer, decode
 
-    def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RewardTable]:
-        """See Scorer.score_groups."""
+    def send_group(self, group: RolloutGroup) -> ScoredGroup:
+        """See Scorer.send_group."""
         components = self._scorer.components
-        weights = tuple(self._scorer.config.weights.values())
-        tables = []
-        for group in groups:
-            if self._decode:
-                for _ in self._scorer.decoded(group.latent_NFCHW, group.plan.fork_frame):
-                    pass
-            shape = (len(components), len(group.sequences))
-            rng = generator("benchmark", group.prompt.index)
-            local, whole = (
-                torch.randn(shape, generator=rng).to(group.latent_NFCHW.device) for _ in range(2)
-            )
-            tables.append(RewardTable(components=components, weights=weights,
-                                      local_KN=local, global_KN=whole))  # fmt: skip
-        return tables
+        if self._decode:
+            for _ in self._scorer.decoded(group.latent_NFCHW, group.plan.fork_frame):
+                pass
+        shape = (len(components), len(group.sequences))
+        rng = generator("benchmark", group.prompt.index)
+        local, whole = (
+            torch.randn(shape, generator=rng).to(group.latent_NFCHW.device) for _ in range(2)
+        )
+        return ScoredGroup(RewardTable(
+            components=components, weights=tuple(self._scorer.config.weights.values()),
+            local_KN=local, global_KN=whole,
+        ))  # fmt: skip
 
 
 def first_update(

@@ -6,6 +6,7 @@ pixel frame temporal_stride * l. So L latents are temporal_stride * (L - 1) + 1 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_kvpo.config import CodecConfig
+
+_ROWS = 16
+"""Videos that `decode_rows` decodes at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,6 +157,10 @@ class ShapesCodec(nn.Module):
         """A whole video's latents -> `frames_BFCHW`, F pixel frames, RGB in [0, 1]."""
         video_BCFHW, _ = self.decode(latent_BFCHW)
         return (video_BCFHW.transpose(1, 2) / 2 + 0.5).clamp(0, 1)
+
+    def decode_rows(self, latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
+        """`decode_pixels`, a few rows at a time; what rows share is decoded in each."""
+        return map(self.decode_pixels, torch.split(latent_BFCHW, _ROWS))
 
 
 def save_codec(codec: ShapesCodec, path: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -1,42 +1,77 @@
-"""From finished latents to scores: decode, cut clips, ask every reward, put the scores together."""
+"""From finished latents to scores: decode, cut clips, ask every judge, put the scores together."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_kvpo.config import RewardConfig, StreamConfig
 from megatron_kvpo.records import Clip, Prompt, RewardTable, RolloutGroup, Span
-from megatron_kvpo.reward.base import Reward, build_reward
+from megatron_kvpo.reward.base import Reward, build_rewards
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.world import pixel_start
 
-Decode = Callable[[Tensor], Tensor]
-"""latent_BFCHW of whole videos from frame 0 -> pixels [B, 4F - 3, 3, H, W] in [0, 1]."""
-
 DecodeRows = Callable[[Tensor, int], Iterable[Tensor]]
-"""The same for rows that share their first latent frames, a few rows at a time."""
+"""latent_BFCHW of videos from frame 0, whose first so many latents are the same in all rows ->
+pixels [b, 4F - 3, 3, H, W] in [0, 1], a few rows at a time."""
 
-_ROWS_PER_DECODE = 16
+Answer = Callable[[], Tensor]
+"""Waits for scores: float32 [K, B]."""
 
 
-def clip_of(frames_FCHW: Tensor, prompt: Prompt, start_pixel: int, stop_pixel: int) -> Clip:
-    """Cut pixel frames [start, stop) out of a whole video, with the texts that govern them.
+class Judge(Protocol):
+    """Who scores clips: a reward of this process, or one elsewhere while other things go on."""
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """What it scores."""
+        ...
+
+    def submit(self, clips: Sequence[Clip]) -> Answer:
+        """Have clips scored. They may be forgotten at once; the answer is asked for later."""
+        ...
+
+
+class Here:
+    """A reward of this process. It answers at once."""
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """See Judge.components."""
+        return self._reward.components
+
+    def submit(self, clips: Sequence[Clip]) -> Answer:
+        """See Judge.submit."""
+        found = self._reward.score(clips)
+        return lambda: found
+
+
+def clip_of(
+    frames_FCHW: Tensor, prompt: Prompt, start_pixel: int, stop_pixel: int,
+    num_pixel_frames: int | None = None,
+) -> Clip:  # fmt: skip
+    """Cut pixel frames [start, stop) out of a video, with the texts that govern them.
+
+    `num_pixel_frames`: of the whole video, if `frames` are only its beginning.
 
     Raises:
-        ValueError: the range is empty or leaves the video.
+        ValueError: the range is empty or leaves the frames.
     """
-    num_pixel_frames = len(frames_FCHW)
+    whole, num_pixel_frames = num_pixel_frames or len(frames_FCHW), len(frames_FCHW)
     if not 0 <= start_pixel < stop_pixel <= num_pixel_frames:
         raise ValueError(
             f"a clip [{start_pixel}, {stop_pixel}) must lie inside the video's "
             f"{num_pixel_frames} pixel frames"
         )
     spans = []
-    for index, (start, stop) in enumerate(_segments(prompt, num_pixel_frames)):
+    for index, (start, stop) in enumerate(_segments(prompt, whole)):
         first, last = max(start, start_pixel), min(stop, stop_pixel)
         if first < last:
             spans.append(
@@ -50,10 +85,14 @@ def clip_of(frames_FCHW: Tensor, prompt: Prompt, start_pixel: int, stop_pixel: i
     return Clip(frames_FCHW=frames_FCHW[start_pixel:stop_pixel], spans=tuple(spans))
 
 
+def _latents_until(pixel: int) -> int:
+    """How many latent frames show all pixel frames before this one."""
+    return (pixel + 6) // 4
+
+
 def _segments(prompt: Prompt, num_pixel_frames: int) -> list[tuple[int, int]]:
     """[start, stop) in pixel frames of each segment that the video reaches."""
-    num_latent_frames = (num_pixel_frames + 6) // 4  # the last latent frame may be cut short
-    spans = prompt.spans(num_latent_frames)
+    spans = prompt.spans(_latents_until(num_pixel_frames))  # the last may be cut short
     return [
         (pixel_start(a), min(pixel_start(b), num_pixel_frames))
         for a, b in spans
@@ -69,16 +108,63 @@ class _Cut:
     stop: int
 
 
+@dataclass(frozen=True, slots=True)
+class SentGroup:
+    """A group whose clips are with the judges."""
+
+    components: tuple[str, ...]
+    weights: tuple[float, ...]
+    parts: tuple[tuple[Callable[[], dict[str, Tensor]], int], ...]
+    """For a few rows each: what waits for the scores of their clips, cut by cut, and how many rows
+    they are. The first part's clips before the fork, which are the same in all rows, come first."""
+
+    num_shared: int
+    """Clips that lie before the fork."""
+
+    order: tuple[int, ...]
+    """Where each cut, the local one first, stands among shared cuts and then the others."""
+
+    device: torch.device
+
+    def collect(self) -> RewardTable:
+        """Wait for the scores. ValueError if a judge's do not fit."""
+        names, columns, shared_KS = self.components, [], torch.empty(0)
+        for number, (wait, num_rows) in enumerate(self.parts):
+            scores = wait()
+            score_KX = torch.stack([scores[name].float().to(self.device) for name in names])
+            if number == 0:
+                shared_KS, score_KX = score_KX.tensor_split([self.num_shared], dim=1)
+            own_KSB = score_KX.view(len(names), -1, num_rows)
+            shared_KSB = shared_KS[:, :, None].expand(-1, -1, num_rows)
+            columns.append(torch.cat([shared_KSB, own_KSB], dim=1)[:, list(self.order)])
+        score_KSN = torch.cat(columns, dim=2)
+        return RewardTable(
+            components=names, weights=self.weights, local_KN=score_KSN[:, 0].contiguous(),
+            global_KN=score_KSN[:, 1:].mean(1),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group whose scores are there."""
+
+    table: RewardTable
+
+    def collect(self) -> RewardTable:
+        """See SentGroup.collect."""
+        return self.table
+
+
 class Scorer:
     """Scores videos by the rewards a config names."""
 
     def __init__(
-        self, config: RewardConfig, stream: StreamConfig, decode: Decode,
-        decode_rows: DecodeRows | None = None,
+        self, config: RewardConfig, stream: StreamConfig, decode_rows: DecodeRows,
+        judges: Sequence[Judge] | None = None, device: torch.device | str = "cpu",
     ) -> None:  # fmt: skip
-        """Build the rewards. ValueError: an unknown component, or nothing to train on.
+        """ValueError: an unknown component, or nothing to train on.
 
-        `decode_rows` serves where rows share a prefix, if it is given.
+        Components that none of the `judges` has are built here, on `device`.
         """
         if not config.weights or not sum(config.weights.values()):
             raise ValueError(
@@ -87,50 +173,79 @@ class Scorer:
             )
         self.config = config
         self.components = tuple(config.weights)
-        self._rewards: dict[str, Reward] = {
-            name: build_reward(name) for name in (*config.weights, *config.held_out)
-        }
-        self._stream = stream
-        self._decode, self._decode_rows = decode, decode_rows
+        self._wanted = (*config.weights, *config.held_out)
+        elsewhere = list(judges or ())
+        theirs = {name for judge in elsewhere for name in judge.components}
+        missing = [name for name in self._wanted if name not in theirs]
+        here = [Here(reward) for reward in build_rewards(missing, config, device)]
+        self._judges: list[Judge] = [*elsewhere, *here]
+        self._stream, self._decode_rows = stream, decode_rows
 
     def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RewardTable]:
-        """Score every row of each group, in the group's row order.
+        """Score every row of each group, in the group's row order. See `send_group`."""
+        return [sent.collect() for sent in [self.send_group(group) for group in groups]]
+
+    @torch.no_grad()
+    def send_group(self, group: RolloutGroup) -> SentGroup:
+        """Decode a group and send its clips to the judges.
 
         Local: the fork's chunk. Global: a clip centred on each prompt segment, averaged over
         segments; one that ends before the fork is the same in all rows and is scored once.
-        Groups and rows do not see each other: the tables do not depend on what is scored
-        together.
+        Latents behind the last clip are not decoded. Groups and rows do not see each other: a
+        table does not depend on what is scored together.
         """
-        return [self._score_group(group) for group in groups]
-
-    @torch.no_grad()
-    def _score_group(self, group: RolloutGroup) -> RewardTable:
-        num_rows = len(group.latent_NFCHW)
+        latent_BFCHW, prompt = group.latent_NFCHW, group.prompt
         fork = pixel_start(group.plan.fork_frame)
-        local = self._local_cut(group)
-        globals_ = self._global_cuts(group.prompt, pixel_start(group.latent_NFCHW.shape[1]))
-        cuts = [local, *globals_]
-        shared: dict[_Cut, Tensor] = {}
-        parts: list[Tensor] = []
-        for frames_BFCHW in self.decoded(group.latent_NFCHW, group.plan.fork_frame):
-            columns = []
-            for cut in cuts:
-                if cut.stop <= fork:
-                    if cut not in shared:
-                        shared[cut] = self._score_cut(frames_BFCHW[:1], group.prompt, cut)
-                    columns.append(shared[cut].expand(-1, len(frames_BFCHW)))
-                else:
-                    columns.append(self._score_cut(frames_BFCHW, group.prompt, cut))
-            parts.append(torch.stack(columns))
-        score_SKN = torch.cat(parts, dim=2)  # the local clip, then each segment's
-        if score_SKN.shape[2] != num_rows:
-            raise ValueError(f"decode returned {score_SKN.shape[2]} videos for {num_rows} rows")
-        return RewardTable(
-            components=self.components,
-            weights=tuple(self.config.weights.values()),
-            local_KN=score_SKN[0].contiguous(),
-            global_KN=score_SKN[1:].mean(0),
-        )
+        cuts = [
+            self._local_cut(group),
+            *self._global_cuts(prompt, pixel_start(latent_BFCHW.shape[1])),
+        ]
+        shared = [cut for cut in dict.fromkeys(cuts) if cut.stop <= fork]
+        own = [cut for cut in dict.fromkeys(cuts) if cut.stop > fork]
+        needed = latent_BFCHW[:, : _latents_until(max(cut.stop for cut in cuts))]
+        parts: list[tuple[Callable[[], dict[str, Tensor]], int]] = []
+        for frames_BFCHW in self.decoded(needed, min(group.plan.fork_frame, needed.shape[1])):
+            clips = [self._clip(frames, group, cut) for cut in own for frames in frames_BFCHW]
+            if not parts:
+                clips = [*(self._clip(frames_BFCHW[0], group, cut) for cut in shared), *clips]
+            parts.append((self._ask(self.components, clips), len(frames_BFCHW)))
+        if sum(rows for _, rows in parts) != len(latent_BFCHW):
+            rows = sum(rows for _, rows in parts)
+            raise ValueError(f"decode returned {rows} videos for {len(latent_BFCHW)} rows")
+        return SentGroup(
+            components=self.components, weights=tuple(self.config.weights.values()),
+            parts=tuple(parts), num_shared=len(shared),
+            order=tuple([*shared, *own].index(cut) for cut in cuts), device=latent_BFCHW.device,
+        )  # fmt: skip
+
+    def _clip(self, frames_FCHW: Tensor, group: RolloutGroup, cut: _Cut) -> Clip:
+        num_pixel_frames = pixel_start(group.latent_NFCHW.shape[1])
+        return clip_of(frames_FCHW, group.prompt, cut.start, cut.stop, num_pixel_frames)
+
+    def _ask(
+        self, names: Sequence[str], clips: Sequence[Clip]
+    ) -> Callable[[], dict[str, Tensor]]:  # fmt: skip
+        """Send clips to all judges of these components; what waits for their scores, by name."""
+        asked = [
+            (judge.components, judge.submit(clips))
+            for judge in self._judges
+            if set(judge.components) & set(names)
+        ]
+        count = len(clips)
+
+        def wait() -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for components, answer in asked:
+                score_KB = answer()
+                if score_KB.shape != (len(components), count):
+                    raise ValueError(
+                        f"scores {list(score_KB.shape)} of {components} do not fit {count} clips"
+                    )
+                for name, score_B in zip(components, score_KB, strict=True):
+                    found.setdefault(name, score_B)
+            return found
+
+        return wait
 
     def _local_cut(self, group: RolloutGroup) -> _Cut:
         start, stop = self._stream.chunk_of(group.plan.fork_frame)
@@ -152,20 +267,13 @@ class Scorer:
             cuts.append(_Cut(first, first + length))
         return cuts
 
-    def _score_cut(self, frames_BFCHW: Tensor, prompt: Prompt, cut: _Cut) -> Tensor:
-        """Trained components [K, B] of one cut of each row."""
-        clips = [clip_of(frames, prompt, cut.start, cut.stop) for frames in frames_BFCHW]
-        return torch.stack([self._rewards[name].score(clips) for name in self.components])
-
     def decoded(self, latent_BFCHW: Tensor, shared_frames: int = 0) -> Iterator[Tensor]:
         """Pixels of a few rows at a time, float32 [b, 4F - 3, 3, H, W]. Each row decodes once.
 
         The first `shared_frames` latents are the same in all rows.
         """
         num_pixel_frames = pixel_start(latent_BFCHW.shape[1])
-        parts: Iterator[Tensor] = map(self._decode, torch.split(latent_BFCHW, _ROWS_PER_DECODE))
-        if self._decode_rows is not None:
-            parts = iter(self._decode_rows(latent_BFCHW, shared_frames))
+        parts = iter(self._decode_rows(latent_BFCHW, shared_frames))
         while True:
             with stage("decode"):
                 frames = next(parts, None)
@@ -187,19 +295,22 @@ class Scorer:
         """
         if len(prompts) != len(latent_BFCHW):
             raise ValueError(f"{len(prompts)} prompts for {len(latent_BFCHW)} videos")
-        scores: dict[str, list[Tensor]] = {name: [] for name in self._rewards}
-        done = 0
+        waiting, done = [], 0
         for frames_BFCHW in self.decoded(latent_BFCHW):
             clips = [
                 clip_of(frames, prompt, 0, len(frames))
                 for frames, prompt in zip(frames_BFCHW, prompts[done:], strict=False)
             ]
             done += len(clips)
-            for name, reward in self._rewards.items():
-                scores[name].append(reward.score(clips))
+            waiting.append(self._ask(self._wanted, clips))
         if done != len(latent_BFCHW):
             raise ValueError(f"decode returned {done} videos for {len(latent_BFCHW)} rows")
-        return {name: torch.cat(parts) for name, parts in scores.items()}
+        scores = [wait() for wait in waiting]
+        device = latent_BFCHW.device
+        return {
+            name: torch.cat([part[name].float().to(device) for part in scores])
+            for name in self._wanted
+        }
 
     def composite(self, scores: dict[str, Tensor]) -> Tensor:
         """Mean of the trained components by their weights: sum_k w_k r_k / sum_k w_k. [B]."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_kvpo.parallel.seeds import noise
-from megatron_kvpo.records import Prompt, RolloutGroup, RoutingPlan, Trajectory
+from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan, Trajectory
 from megatron_kvpo.rollout.sampler import (
     BlockNoise,
     BlockRecord,
@@ -23,6 +24,14 @@ from megatron_kvpo.rollout.stream import Stream, World
 from megatron_kvpo.stopwatch import stage
 
 
+class Sent(Protocol):
+    """A group whose clips are being scored."""
+
+    def collect(self) -> RewardTable:
+        """Wait for the scores of its rows."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SampledGroup:
     """A finished group and the pages of its prefix, which replays read. Release it after use."""
@@ -30,6 +39,9 @@ class SampledGroup:
     group: RolloutGroup
     prefix: Stream
     """One row, standing at the fork, as the sampling policy left it."""
+
+    sent: Sent | None = None
+    """Its clips, if they are with the judges already."""
 
     def release(self) -> None:
         """Give the prefix's pages back."""

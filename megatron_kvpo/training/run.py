@@ -15,10 +15,10 @@ from megatron_kvpo.checkpoint.state import load, newest, save
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
 from megatron_kvpo.model.specs import check_layout
-from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.parallel.collect import gather_rows, shares
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import Energies, LossOutput, Prompt
+from megatron_kvpo.reward.base import SHAPES
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sizing import run_pages
@@ -81,8 +81,7 @@ class Run:
         )  # fmt: skip
         world = World(policy.model, policy.model.new_pool(pages), config.stream, config.routing,
                       config.memory)  # fmt: skip
-        rows = codec.decode_rows if isinstance(codec, WanVae) else None
-        scorer = Scorer(config.reward, config.stream, codec.decode_pixels, rows)
+        scorer = Scorer(config.reward, config.stream, codec.decode_rows, device=ranks.device)
         stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)
         stages = Stages(config, ranks, policy, world, encode, scorer, stream)
         evaluator = Evaluator(config, ranks, policy, world, encode, scorer, codec, held_out)
@@ -241,6 +240,7 @@ def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
         check_prompts(held_out, config.stream)
     everything = (*prompts, *held_out)
     build_encoder(config).require([text for prompt in everything for text in prompt.segments])
-    for prompt in everything:
-        parse_captions(prompt.segments)
+    if {*config.reward.weights, *config.reward.held_out} & set(SHAPES):
+        for prompt in everything:
+            parse_captions(prompt.segments)
     return prompts, held_out

@@ -16,7 +16,7 @@ from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.codec import ShapesCodec
 from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.records import Prompt
-from megatron_kvpo.reward.base import REWARDS
+from megatron_kvpo.reward.base import SHAPES
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.sampler import generate_videos
 from megatron_kvpo.rollout.stream import new_world
@@ -35,8 +35,8 @@ class Sampler:
         sizes = model.model_config
         self._encode = WordEncoder(sizes.text_dim, sizes.text_length).encode
         self._world = new_world(model, stream, RoutingConfig(), len(self._prompts))
-        weights = dict.fromkeys(REWARDS, 1.0)
-        self._scorer = Scorer(RewardConfig(weights=weights), stream, codec.decode_pixels)
+        weights = dict.fromkeys(SHAPES, 1.0)
+        self._scorer = Scorer(RewardConfig(weights=weights), stream, codec.decode_rows)
 
     @torch.no_grad()
     def show(self, path: Path) -> dict[str, float]:
@@ -61,7 +61,7 @@ def plot_curve(curve: Path) -> Path:
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     left.plot(*zip(*losses, strict=True), color="#2f6fdb")
     left.set(xlabel="step", ylabel="velocity error", yscale="log")
-    for name in REWARDS:
+    for name in SHAPES:
         scores = [(row["step"], row[name]) for row in rows if name in row]
         if scores:
             right.plot(*zip(*scores, strict=True), marker="o", label=name.replace("_", " "))

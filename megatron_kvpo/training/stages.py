@@ -15,7 +15,13 @@ from megatron_kvpo.parallel.collect import gather_rows, leveled_shares, shares
 from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.records import Energies, RewardTable, RolloutGroup, Trajectory
 from megatron_kvpo.reward.composite import Scorer
-from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, batches, roll_out_group
+from megatron_kvpo.rollout.group import (
+    GroupNoise,
+    SampledGroup,
+    Sent,
+    batches,
+    roll_out_group,
+)
 from megatron_kvpo.rollout.replay import Push, replay
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.sizing import replay_pages
@@ -46,8 +52,12 @@ class Stages:
         """Noises of one group, by coordinates."""
         return GroupNoise(self.world, self.config.seed, update, prompt_index)
 
-    def explore(self, update: int) -> list[SampledGroup]:
-        """Roll out this data rank's groups with the sampling policy. All branch ranks get all."""
+    def explore(self, update: int, *, send: bool = False) -> list[SampledGroup]:
+        """Roll out this data rank's groups with the sampling policy. All branch ranks get all.
+
+        `send`: let the judges have each group's clips as soon as it is there. Those elsewhere then
+        score while the next group rolls out, and while what follows goes on until `score`.
+        """
         axis = self.ranks.data
         groups = []
         with self.policy.acting("old"):
@@ -59,7 +69,8 @@ class Stages:
                     self.world, self.encode, prompt, plan, noises, self.sequences,
                     self.config.policy.rollout_rows,
                 )  # fmt: skip
-                groups.append(SampledGroup(self._whole_group(sampled.group), sampled.prefix))
+                whole = self._whole_group(sampled.group)
+                groups.append(SampledGroup(whole, sampled.prefix, self._send(whole, send)))
         return groups
 
     def _whole_group(self, own: RolloutGroup) -> RolloutGroup:
@@ -86,11 +97,21 @@ class Stages:
         return dataclasses.replace(whole, latent_NFCHW=whole.latent_NFCHW[part],
                                    sequences=self.sequences, trajectory=trajectory)  # fmt: skip
 
-    def score(self, groups: Sequence[SampledGroup]) -> list[RewardTable]:
-        """Score every branch and the anchor of each group; all branch ranks get all scores."""
+    def _send(self, whole: RolloutGroup, send: bool) -> Sent | None:
+        """This rank's sequences to the judges."""
+        if not send:
+            return None
         with stage("reward"):
-            own = [self._own_group(sampled.group) for sampled in groups]
-            tables = self.scorer.score_groups(own)
+            return self.scorer.send_group(self._own_group(whole))
+
+    def score(self, groups: Sequence[SampledGroup]) -> list[RewardTable]:
+        """Scores of every branch and the anchor of each group; all branch ranks get all scores."""
+        with stage("reward"):
+            sent = [
+                sampled.sent or self.scorer.send_group(self._own_group(sampled.group))
+                for sampled in groups
+            ]
+            tables = [part.collect() for part in sent]
         return [
             RewardTable(
                 components=table.components, weights=table.weights,

@@ -12,6 +12,7 @@ from tests.contract.sources import PACKAGE, imports, imports_of, package_files, 
 LAW: tuple[tuple[str, ...], ...] = (
     ("records", "settings", "stopwatch"),
     ("method_config",),
+    ("reward_config",),
     ("config", "log"),
     ("algorithm", "flow", "routing", "world", "parallel"),
     ("model",),

@@ -162,11 +162,11 @@ class _Poison:
         self.policy: Any = None
         explore = Stages.explore
 
-        def watched(stages: Stages, update: int) -> Any:
+        def watched(stages: Stages, update: int, **how: Any) -> Any:
             if update == 1:
                 self.active, self.policy = True, stages.policy
                 self.weights = whole_weights(stages.policy)
-            return explore(stages, update)
+            return explore(stages, update, **how)
 
         monkeypatch.setattr(Stages, "explore", watched)
 

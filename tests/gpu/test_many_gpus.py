@@ -27,6 +27,7 @@ from megatron_kvpo.parallel.collect import gather_rows
 from megatron_kvpo.parallel.groups import start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import RewardTable, RolloutGroup
+from megatron_kvpo.reward.composite import ScoredGroup
 from tests.parallel import test_longlive_layouts, test_parity, test_resume
 from tests.parallel.test_parity import SEQUENCE, check_tensors, largest
 from tests.parallel.tiny_run import Trace, whole_gradients
@@ -88,18 +89,15 @@ class DrawnScorer:
     An advantage divides differences of rewards: those of bfloat16 rollouts are mostly rounding.
     """
 
-    def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RewardTable]:
-        """See Scorer.score_groups."""
-        tables = []
-        for group in groups:
-            rows, device = list(group.sequences), group.latent_NFCHW.device
-            drawn = noise((2, 2, 1 + max(rows)), "rewards", group.prompt.index, device=device)
-            local_KN, global_KN = drawn[:, :, rows]
-            tables.append(
-                RewardTable(components=("one", "two"), weights=(1.0, 2.0), local_KN=local_KN,
-                            global_KN=global_KN)
-            )  # fmt: skip
-        return tables
+    def send_group(self, group: RolloutGroup) -> ScoredGroup:
+        """See Scorer.send_group."""
+        rows, device = list(group.sequences), group.latent_NFCHW.device
+        drawn = noise((2, 2, 1 + max(rows)), "rewards", group.prompt.index, device=device)
+        local_KN, global_KN = drawn[:, :, rows]
+        return ScoredGroup(
+            RewardTable(components=("one", "two"), weights=(1.0, 2.0), local_KN=local_KN,
+                        global_KN=global_KN)
+        )  # fmt: skip
 
 
 def update_of(device: str, dtype: Dtype, *overrides: str) -> Update:

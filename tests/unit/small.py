@@ -25,6 +25,7 @@ from megatron_kvpo.model.weights import base_parameters, local_part, whole_shape
 from megatron_kvpo.parallel.groups import Ranks, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan
+from megatron_kvpo.reward.composite import ScoredGroup
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup, roll_out_group
 from megatron_kvpo.rollout.replay import replay
 from megatron_kvpo.rollout.sampler import encode_texts
@@ -186,16 +187,13 @@ class Small:
 class LatentScorer:
     """Stands in for the rewards: scores latents by what is in them, without a codec."""
 
-    def score_groups(self, groups: Sequence[RolloutGroup]) -> list[RewardTable]:
-        tables = []
-        for group in groups:
-            after = group.latent_NFCHW[:, group.plan.fork_frame :].flatten(1)
-            scores = torch.stack([after.mean(1), after.std(1)])
-            tables.append(
-                RewardTable(components=("mean", "std"), weights=(1.0, 2.0), local_KN=scores,
-                            global_KN=scores.flip(0))
-            )  # fmt: skip
-        return tables
+    def send_group(self, group: RolloutGroup) -> ScoredGroup:
+        after = group.latent_NFCHW[:, group.plan.fork_frame :].flatten(1)
+        scores = torch.stack([after.mean(1), after.std(1)])
+        return ScoredGroup(
+            RewardTable(components=("mean", "std"), weights=(1.0, 2.0), local_KN=scores,
+                        global_KN=scores.flip(0))
+        )  # fmt: skip
 
 
 def build(ranks: Ranks, *overrides: str) -> Small:

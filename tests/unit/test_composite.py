@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -46,27 +46,32 @@ def group_of(latent_NFCHW: Tensor, fork: int = 9, prompt: Prompt = PROMPT) -> Ro
     )
 
 
+def decode_rows(latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
+    for part in latent_BFCHW.split(16):
+        yield decode(part)
+
+
 class Spy:
-    """Scores a clip by its mean pixel and remembers what it saw."""
+    """Scores a clip by its mean pixel, times its place, and remembers what it saw."""
 
-    name = "spy"
-
-    def __init__(self) -> None:
-        self.seen: list[Clip] = []
+    def __init__(self, *components: str) -> None:
+        self.components, self.seen, self.calls = components, list[Clip](), 0
 
     def score(self, clips: Sequence[Clip]) -> Tensor:
         self.seen += clips
-        return torch.stack([clip.frames_FCHW.mean() for clip in clips])
+        self.calls += 1
+        means_B = torch.stack([clip.frames_FCHW.mean() for clip in clips])
+        return torch.stack([(1 + k) * means_B for k in range(len(self.components))])
 
 
 @pytest.fixture
 def spies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Spy]:
     made: dict[str, Spy] = {}
 
-    def build(name: str) -> Spy:
-        return made.setdefault(name, Spy())
+    def build(names: Sequence[str], config: RewardConfig, device: str) -> list[Spy]:
+        return [made.setdefault(name, Spy(name)) for name in names]
 
-    monkeypatch.setattr(composite, "build_reward", build)
+    monkeypatch.setattr(composite, "build_rewards", build)
     return made
 
 
@@ -103,7 +108,7 @@ def test_a_clip_outside_the_video_is_refused(start: int, stop: int) -> None:
 
 
 def test_local_is_the_forks_chunk_and_global_the_mean_over_segments(spies: dict[str, Spy]) -> None:
-    scorer = Scorer(config(global_clip_pixel_frames=20), STREAM, decode)
+    scorer = Scorer(config(global_clip_pixel_frames=20), STREAM, decode_rows)
     (table,) = scorer.score_groups([group_of(numbered(3))])
     assert table.components == ("one", "two")
     assert table.weights == (1.0, 3.0)
@@ -119,19 +124,19 @@ def test_local_is_the_forks_chunk_and_global_the_mean_over_segments(spies: dict[
 
 
 def test_clips_stay_inside_the_video(spies: dict[str, Spy]) -> None:
-    Scorer(config(global_clip_pixel_frames=60), STREAM, decode).score_groups(
+    Scorer(config(global_clip_pixel_frames=60), STREAM, decode_rows).score_groups(
         [group_of(numbered(1))]
     )
     assert [len(c.frames_FCHW) for c in spies["one"].seen] == [24, 60, 60, 60]
     spies.clear()
-    Scorer(config(global_clip_pixel_frames=500), STREAM, decode).score_groups(
+    Scorer(config(global_clip_pixel_frames=500), STREAM, decode_rows).score_groups(
         [group_of(numbered(1))]
     )
-    assert [len(c.frames_FCHW) for c in spies["one"].seen][1:] == [81, 81, 81]
+    assert [len(c.frames_FCHW) for c in spies["one"].seen][1:] == [81]  # three of one clip
 
 
 def test_a_clip_before_the_fork_is_scored_once(spies: dict[str, Spy]) -> None:
-    Scorer(config(global_clip_pixel_frames=20), STREAM, decode).score_groups(
+    Scorer(config(global_clip_pixel_frames=20), STREAM, decode_rows).score_groups(
         [group_of(numbered(20))]
     )
     before = [c for c in spies["one"].seen if c.frames_FCHW.max() < 0.09]
@@ -142,10 +147,10 @@ def test_a_clip_before_the_fork_is_scored_once(spies: dict[str, Spy]) -> None:
 def test_every_row_is_decoded_once(spies: dict[str, Spy]) -> None:
     rows = 0
 
-    def counting(latent_BFCHW: Tensor) -> Tensor:
+    def counting(latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
         nonlocal rows
         rows += len(latent_BFCHW)
-        return decode(latent_BFCHW)
+        return decode_rows(latent_BFCHW, shared_frames)
 
     Scorer(config(), STREAM, counting).score_groups([group_of(numbered(9))] * 2)
     assert rows == 18
@@ -153,7 +158,7 @@ def test_every_row_is_decoded_once(spies: dict[str, Spy]) -> None:
 
 def test_tables_do_not_depend_on_what_is_scored_together() -> None:
     scorer = Scorer(
-        RewardConfig(weights={"visual_quality": 1.0, "text_alignment": 2.0}), STREAM, pixels_in
+        RewardConfig(weights={"visual_quality": 1.0, "text_alignment": 2.0}), STREAM, pixel_rows
     )
     groups = [real_group(seed, rows=20) for seed in range(2)]
     together = scorer.score_groups(groups)
@@ -173,6 +178,10 @@ def pixels_in(latent_BFCHW: Tensor) -> Tensor:
     return pixels[:, 3:]
 
 
+def pixel_rows(latent_BFCHW: Tensor, shared_frames: int) -> list[Tensor]:
+    return [pixels_in(latent_BFCHW)]
+
+
 def real_group(seed: int, rows: int) -> RolloutGroup:
     scene = sample_scene(seed, pixel_start(NUM_LATENT), (33,))
     frames = torch.from_numpy(render(scene)).permute(0, 3, 1, 2).float() / 255
@@ -184,7 +193,7 @@ def real_group(seed: int, rows: int) -> RolloutGroup:
 
 
 def test_whole_videos_are_scored_with_held_out_rewards(spies: dict[str, Spy]) -> None:
-    scorer = Scorer(config(), STREAM, decode)
+    scorer = Scorer(config(), STREAM, decode_rows)
     other = Prompt(segments=("a green circle falls",))
     scores = scorer.score_videos(numbered(20), [PROMPT] * 19 + [other])
     assert sorted(scores) == ["one", "three", "two"]
@@ -196,7 +205,7 @@ def test_whole_videos_are_scored_with_held_out_rewards(spies: dict[str, Spy]) ->
 
 def test_the_composite_is_the_weighted_mean_of_what_is_trained() -> None:
     scorer = Scorer(RewardConfig(weights={"visual_quality": 1.0, "motion_quality": 3.0}),
-                    STREAM, decode)  # fmt: skip
+                    STREAM, decode_rows)  # fmt: skip
     one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     scores = {"visual_quality": one, "motion_quality": two, "temporal_consistency": 9 * one}
     torch.testing.assert_close(scorer.composite(scores), torch.tensor([0.25, 0.75]))
@@ -205,7 +214,7 @@ def test_the_composite_is_the_weighted_mean_of_what_is_trained() -> None:
 
 
 def test_scoring_builds_no_graph() -> None:
-    scorer = Scorer(RewardConfig(weights={"visual_quality": 1.0}), STREAM, pixels_in)
+    scorer = Scorer(RewardConfig(weights={"visual_quality": 1.0}), STREAM, pixel_rows)
     group = real_group(0, rows=2)
     group.latent_NFCHW.requires_grad_(True)
     (table,) = scorer.score_groups([group])
@@ -220,46 +229,105 @@ def test_rows_that_share_a_prefix_may_be_decoded_together_a_few_at_a_time(
 ) -> None:
     asked = []
 
-    def decode_rows(latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
-        asked.append(shared_frames)
+    def few(latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
+        asked.append((shared_frames, latent_BFCHW.shape[1]))
         for part in latent_BFCHW.split(2):
             yield decode(part)
 
     group = group_of(numbered(5), fork=12)
-    (plain,) = Scorer(config(), STREAM, decode).score_groups([group])
-    (found,) = Scorer(config(), STREAM, decode, decode_rows).score_groups([group])
+    (plain,) = Scorer(config(), STREAM, decode_rows).score_groups([group])
+    (found,) = Scorer(config(), STREAM, few).score_groups([group])
     assert torch.equal(found.local_KN, plain.local_KN)
     assert torch.equal(found.global_KN, plain.global_KN)
-    assert asked == [12]
-    lost = Scorer(config(), STREAM, decode, lambda latent, _: [decode(latent[1:])])
+    assert asked == [(12, 21)]
+    lost = Scorer(config(), STREAM, lambda latent, _: [decode(latent[1:])])
     with pytest.raises(ValueError, match="decode returned 2 videos for 3 rows"):
         lost.score_videos(numbered(3), [PROMPT] * 3)
+    with pytest.raises(ValueError, match="decode returned 4 videos for 5 rows"):
+        lost.score_groups([group])
+
+
+def test_latents_behind_the_last_clip_are_not_decoded(spies: dict[str, Spy]) -> None:
+    asked = []
+
+    def counting(latent_BFCHW: Tensor, shared_frames: int) -> Iterator[Tensor]:
+        asked.append((shared_frames, latent_BFCHW.shape[1]))
+        return decode_rows(latent_BFCHW, shared_frames)
+
+    one = Prompt(segments=("a red square moves right",))
+    short = config(global_clip_pixel_frames=10)
+    (table,) = Scorer(short, STREAM, counting).score_groups([group_of(numbered(2), 9, one)])
+    assert asked == [(9, 15)]  # the fork's chunk ends at 15, the middle of 21 is before
+    assert table.global_KN[0].tolist() == pytest.approx([mean_pixel(35, 45, r) for r in range(2)])
+    Scorer(short, STREAM, counting).score_groups([group_of(numbered(2), 18, one)])
+    assert asked[1] == (18, 21)
+
+
+def test_judges_elsewhere_are_asked_before_any_answers(spies: dict[str, Spy]) -> None:
+    """Three components of one judge in one request a decoded part; the rest is built here."""
+    happened = []
+
+    class Elsewhere:
+        components = ("one", "three", "extra")
+        spy = Spy(*components)
+
+        def submit(self, clips: Sequence[Clip]) -> Callable[[], Tensor]:
+            found = self.spy.score(clips)
+            happened.append(len(clips))
+
+            def answer() -> Tensor:
+                happened.append("answer")
+                return found
+
+            return answer
+
+    scorer = Scorer(config(global_clip_pixel_frames=20), STREAM, decode_rows, [Elsewhere()])
+    assert list(spies) == ["two"]
+    group = group_of(numbered(20))
+    sent = [scorer.send_group(group), scorer.send_group(group)]
+    assert happened == [1 + 16 * 3, 4 * 3] * 2  # the clip before the fork, and each row's three
+    first, second = (part.collect() for part in sent)
+    assert happened[4:] == ["answer"] * 4
+    assert torch.equal(first.local_KN, second.local_KN)
+    (plain,) = Scorer(config(global_clip_pixel_frames=20), STREAM, decode_rows).score_groups(
+        [group]
+    )
+    assert torch.equal(first.local_KN, plain.local_KN)
+    assert torch.equal(first.global_KN, plain.global_KN)
+    scores = scorer.score_videos(group.latent_NFCHW, [PROMPT] * 20)
+    torch.testing.assert_close(scores["three"], 2 * scores["one"])
+    Elsewhere.spy.components = ("one",)
+    with pytest.raises(ValueError, match=r"scores \[1, 49\] of \('one', 'three', 'extra'\)"):
+        scorer.score_groups([group])
 
 
 def test_inference_mode_frames_are_scored() -> None:
     group = real_group(0, rows=1)
     with torch.inference_mode():
         frames = pixels_in(group.latent_NFCHW * 1.0)
-    scorer = Scorer(RewardConfig(weights={"visual_quality": 1.0}), STREAM, lambda _: frames)
+    weights = RewardConfig(weights={"visual_quality": 1.0})
+    scorer = Scorer(weights, STREAM, lambda latent, shared: [frames])
     assert scorer.score_videos(group.latent_NFCHW, [group.prompt])["visual_quality"] > 0.85
 
 
 def test_bad_input_is_refused(spies: dict[str, Spy]) -> None:
-    scorer = Scorer(config(), STREAM, decode)
+    scorer = Scorer(config(), STREAM, decode_rows)
     with pytest.raises(ValueError, match="2 prompts for 3 videos"):
         scorer.score_videos(numbered(3), [PROMPT] * 2)
     with pytest.raises(ValueError, match="fork frame 24"):
         scorer.score_groups([group_of(numbered(2), fork=24)])
-    short = Scorer(config(), STREAM, lambda latent: decode(latent)[:, 1:])
+    short = Scorer(config(), STREAM, lambda latent, shared: [decode(latent)[:, 1:]])
     with pytest.raises(ValueError, match="81 RGB pixel frames"):
         short.score_groups([group_of(numbered(2))])
 
 
 def test_unknown_and_absent_components_are_refused_at_construction() -> None:
     with pytest.raises(ValueError, match="did you mean 'motion_quality'"):
-        Scorer(RewardConfig(weights={"motion_qualty": 1.0}), STREAM, decode)
+        Scorer(RewardConfig(weights={"motion_qualty": 1.0}), STREAM, decode_rows)
     with pytest.raises(ValueError, match="unknown reward 'beauty'"):
-        Scorer(RewardConfig(weights={"motion_quality": 1.0}, held_out=("beauty",)), STREAM, decode)
+        Scorer(
+            RewardConfig(weights={"motion_quality": 1.0}, held_out=("beauty",)), STREAM, decode_rows
+        )
     for weights in ({}, {"motion_quality": 0.0}):
         with pytest.raises(ValueError, match="no reward to train on"):
-            Scorer(RewardConfig(weights=weights), STREAM, decode)
+            Scorer(RewardConfig(weights=weights), STREAM, decode_rows)

@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_kvpo.config import RewardConfig
 from megatron_kvpo.data.shapes import write_video
 from megatron_kvpo.records import Clip, Span
-from megatron_kvpo.reward.base import REWARDS, build_reward
+from megatron_kvpo.reward.base import SHAPES as OURS
+from megatron_kvpo.reward.base import build_rewards
 from megatron_kvpo.reward.measure import measure
 from megatron_kvpo.world import (
     COLOURS,
@@ -67,7 +69,9 @@ def clean() -> list[Clip]:
 
 
 def score(name: str, clips: list[Clip]) -> Tensor:
-    return build_reward(name).score(clips)
+    (reward,) = build_rewards([name], RewardConfig())
+    assert reward.components == (name,)
+    return reward.score(clips)[0]
 
 
 def ranks(x: np.ndarray) -> np.ndarray:
@@ -86,7 +90,7 @@ def decline(name: str, strengths: list[float], clips_of: Callable[[float], list[
     return float(np.mean([spearman(np.array(strengths), column) for column in scores.T]))
 
 
-@pytest.mark.parametrize("name", sorted(REWARDS))
+@pytest.mark.parametrize("name", sorted(OURS))
 @pytest.mark.parametrize("num_segments", [1, 2, 3])
 def test_real_renders_score_high(name: str, num_segments: int) -> None:
     clips = [clip_for(s, to_tensor(render(s))) for s in scenes(num_segments)]
@@ -223,7 +227,7 @@ def test_the_held_out_reward_falls_with_flicker_and_with_drifting_size() -> None
         assert decline("temporal_consistency", [0, 0.05, 0.1, 0.2, 0.4, 0.8], clips_of) <= -0.9
 
 
-@pytest.mark.parametrize("name", sorted(REWARDS))
+@pytest.mark.parametrize("name", sorted(OURS))
 def test_a_score_does_not_depend_on_its_batch(name: str) -> None:
     together = score(name, clean())
     alone = torch.cat([score(name, [clip]) for clip in reversed(clean())]).flip(0)
@@ -232,7 +236,7 @@ def test_a_score_does_not_depend_on_its_batch(name: str) -> None:
     assert torch.equal(together, fresh)
 
 
-@pytest.mark.parametrize("name", sorted(REWARDS))
+@pytest.mark.parametrize("name", sorted(OURS))
 @pytest.mark.parametrize("frames", ["blank", "black", "white", "noise"])
 def test_empty_and_wild_frames_score_finite_and_low(name: str, frames: str) -> None:
     fills = {
@@ -248,7 +252,7 @@ def test_empty_and_wild_frames_score_finite_and_low(name: str, frames: str) -> N
     assert (scores < 0.5).all()
 
 
-@pytest.mark.parametrize("name", sorted(REWARDS))
+@pytest.mark.parametrize("name", sorted(OURS))
 def test_a_tiny_change_of_the_pixels_is_a_tiny_change_of_the_score(name: str) -> None:
     worn = [replace(c, frames_FCHW=noise(blur(c.frames_FCHW, 0.7), 0.03)) for c in clean()[:8]]
     generator = torch.Generator().manual_seed(1)
@@ -278,7 +282,7 @@ def test_scores_survive_a_vp9_round_trip(tmp_path: Path) -> None:
         with av.open(str(path)) as container:
             frames = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
         decoded.append(clip_for(scene, to_tensor(np.stack(frames))))
-    for name in REWARDS:
+    for name in OURS:
         assert (score(name, decoded) - score(name, clean()[:8])).abs().max() < 0.05, name
 
 
@@ -324,14 +328,14 @@ def test_all_four_rewards_are_fast() -> None:
     clips = [replace(c, frames_FCHW=c.frames_FCHW[:33].clone(), spans=(replace(c.spans[0]),))
              for c in clean() for _ in range(3)]  # fmt: skip
     began = time.process_time()
-    for name in REWARDS:
+    for name in OURS:
         score(name, clips)
     assert time.process_time() - began < 2, f"{len(clips)} clips of 33 pixel frames"
 
 
 def test_an_unknown_reward_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="did you mean 'visual_quality'"):
-        build_reward("visual_qualty")
+        build_rewards(["visual_qualty"], RewardConfig())
 
 
 def test_an_empty_batch_gives_no_scores() -> None:
