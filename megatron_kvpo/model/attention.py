@@ -102,6 +102,16 @@ class SelfAttention(_Attention):
         out_LBAE = attend(query, key, value, mask_LM)
         return self.o(heads_to_tokens(out_LBAE, self._spec).flatten(-2))  # type: ignore[no-any-return]
 
+    def fill(self, hidden_LBD: Tokens, table: Tensor, layer: int, pages: PassPages) -> None:
+        """Leave the keys and values that `forward` would, and do nothing else. No graph."""
+        whole = self._spec.share_input(hidden_LBD)
+        key, value = (part(whole, shared=True) for part in (self.k, self.v))
+        (of_key,) = totals(self._spec, key)
+        key, value = self.norm_k.rotated(key, of_key, table), self._heads(value)
+        key, value = (tokens_to_heads(x, self._spec).transpose(0, 1) for x in (key, value))
+        assert pages.write_BF is not None
+        pages.pool.write(layer, pages.write_BF, key, value)
+
 
 class CrossAttention(_Attention):
     """Tokens attend to all text tokens, padding too."""

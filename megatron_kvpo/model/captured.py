@@ -78,7 +78,7 @@ class CapturedPasses:
             inputs.append(pages.write_BF)
         shapes = tuple((tuple(t.shape), t.dtype) for t in (*inputs, text[0][0]))
         kind = (shapes, slot, len(inputs), id(pages.pool), pages.own_from, pages.num_memory,
-                pages.num_chosen)  # fmt: skip
+                pages.num_chosen, pages.fills_only)  # fmt: skip
         found = self._captures.get(kind)
         if found is None:
             if kind not in self._seen or len(self._captures) >= _MOST:

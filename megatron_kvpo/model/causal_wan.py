@@ -109,7 +109,8 @@ class CausalWan(nn.Module):
             mask_LM: True where a token may attend to a token of the same pass.
 
         Returns:
-            velocity_BFCHW, float32, whole on every tensor and context rank.
+            velocity_BFCHW, float32, whole on every tensor and context rank; nothing, [0], where
+            `pages` only fills.
         """
         if stopwatch.running():
             self._count(latent_BFCHW, pages)
@@ -147,8 +148,12 @@ class CausalWan(nn.Module):
             mode = self.model_config.recompute
             hidden_LBD = self.recompute.run(mode, list(self.blocks), hidden_LBD, arguments)
         else:
-            for block, own in zip(self.blocks, arguments, strict=True):
+            fills = pages is not None and pages.fills_only
+            for block, own in zip(self.blocks[: len(text) - fills], arguments, strict=False):
                 hidden_LBD = block(hidden_LBD, *own)
+            if fills:
+                self.blocks[-1].fill(hidden_LBD, steps_LB6D, rotary, len(text) - 1, pages)  # type: ignore[operator]
+                return latent_BFCHW.new_empty(0)
         out_LBC = self.spec.gather_tokens(self.head(hidden_LBD, time_LBD))
         out_LBC = self.spec.gather_context(out_LBC)
         return unpatchify(out_LBC.float(), self.model_config.patch, self.model_config.frame_shape)
@@ -162,6 +167,8 @@ class CausalWan(nn.Module):
         if self.spec.lora and self.spec.switch.slot and (graph or not self.spec.merges):
             rank = self.spec.lora[0]
         one = pass_flops(self.model_config, frames * tokens, seen * tokens, rank, graph=graph)
+        if pages is not None and pages.fills_only:  # but for two small products
+            one -= one // self.model_config.num_layers
         stopwatch.count(rows * one / (ranks.tensor.size * ranks.context.size), rows)
 
     def _embed(self, latent_BFCHW: Tensor) -> Tensor:

@@ -71,3 +71,12 @@ class CausalBlock(nn.Module):
             form=self.ffn.form,
         )  # fmt: skip
         return gated_add(hidden_LBD, self.ffn(normed), gate2)
+
+    def fill(
+        self, hidden_LBD: Tensor, time_LB6D: Tensor, table: Tensor, layer: int, pages: PassPages
+    ) -> None:
+        """As the last block of a pass that only fills pages: no output, no graph."""
+        shift, scale = (self.modulation[0] + time_LB6D).unbind(2)[:2]
+        form = self.self_attn.form
+        _, normed = residual_norm(hidden_LBD, None, None, shift, scale, self._eps, form=form)
+        self.self_attn.fill(normed, table, layer, pages)

@@ -155,3 +155,6 @@ class PassPages:
 
     num_chosen: int = 0
     """Memory frames that each head attends to, its best ones (SMA). 0: all."""
+
+    fills_only: bool = False
+    """Only what it leaves behind is wanted: the last block ends with its keys and values."""

@@ -136,7 +136,7 @@ def roll_out_group(
 
 def batches(sequences: Sequence[int], most: int | None) -> list[tuple[int, ...]]:
     """The same in order, at most so many together; all in one if None."""
-    size = most or len(sequences)
+    size = most or max(1, len(sequences))
     return [tuple(sequences[i : i + size]) for i in range(0, len(sequences), size)]
 
 

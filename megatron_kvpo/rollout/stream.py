@@ -161,13 +161,23 @@ class Stream:
         seen_from = max(first, self.frame - stream.window_frames + stream.sink_frames)
         if self.frame <= stream.sink_frames:
             return
-        sink = [table.lookup(range(stream.sink_frames)) for table in self.tables]
-        context = self._with_bank(sink)
-        frames = range(first, self.frame)
-        own = [[table.renew(frame) for frame in frames] for table in self.tables]
+        frames, rows = range(first, self.frame), len(self.tables)
+        most = -(-rows * stream.block_frames // len(frames))  # the tokens of a block of all rows
         with stage("recache"):
-            self._run(latent_BFCHW[:, first:], 0.0, frames, context, own, seen_from - first)
+            for start in range(0, rows, most):
+                numbers = range(start, min(start + most, rows))
+                own = text
+                if len(numbers) < rows:
+                    own = text.select(indices(numbers, latent_BFCHW.device))
+                part = self.part(numbers, own)
+                part._refill(latent_BFCHW[start : start + most, first:], frames, seen_from - first)
         self._evict()  # the oldest were queries, and may have left the cache before
+
+    def _refill(self, latent_BFCHW: Tensor, frames: range, own_from: int) -> None:
+        """One pass of a re-cache."""
+        sink = [table.lookup(range(self.world.stream.sink_frames)) for table in self.tables]
+        own = [[table.renew(frame) for frame in frames] for table in self.tables]
+        self._run(latent_BFCHW, 0.0, frames, self._with_bank(sink), own, own_from)
 
     def _context(self, routed_B: Sequence[Sequence[int]] | None) -> list[list[int]]:
         """Pages that each row's next block sees."""
@@ -236,6 +246,7 @@ class Stream:
             indices(context, device).view(len(self.tables), -1),
             None if own is None else indices(own, device),
             own_from,
+            fills_only=own is not None,
             num_memory=self._num_sink + len(self.banks[0].slots),
             num_chosen=self.world.memory.sparse_frames if self.world.memory.sparse else 0,
         )

@@ -100,7 +100,7 @@ class Run:
         if update == 0:  # nothing has been trained yet: the same weights, no drift
             return current
         keep = loss.drift_coefficient > 0
-        return self.stages.energies(update, groups, "reference", keep=keep)
+        return self.stages.energies(update, groups, "reference", keep=keep, anchor=False)
 
     def evaluate(self, name: str, metrics: Metrics) -> None:
         """Evaluate `before` (the initial weights) or `after` (config.evaluation.adapter)."""

@@ -44,6 +44,7 @@ class Stages:
         self.config, self.ranks, self.policy, self.world = config, ranks, policy, world
         self.encode, self.scorer, self.prompts = encode, scorer, prompts
         parts = shares(config.routing.num_branches + 1, ranks.branch.size)
+        self._bounds = [(part.start, part.stop) for part in parts]
         self._sizes = [len(part) for part in parts]
         self.sequences = tuple(parts[ranks.branch.rank])
         """Branches and anchor (the last of all) that this rank rolls out, scores and replays."""
@@ -140,15 +141,19 @@ class Stages:
         return torch.stack(rows).float().to(device), torch.tensor(scales, device=device), mean
 
     def energies(
-        self, update: int, groups: Sequence[SampledGroup], slot: str, *, keep: bool = False
-    ) -> Energies:
+        self, update: int, groups: Sequence[SampledGroup], slot: str, *, keep: bool = False,
+        anchor: bool = True,
+    ) -> Energies:  # fmt: skip
         """Energies of all branches and of the anchors under the policy of `slot`.
 
         This rank's rows of a group go in the batches of its rollout, so that bits repeat. `keep`
-        keeps the velocities, all branch ranks', too.
+        keeps the velocities, all branch ranks', too. Without the `anchor` its energy is nan.
         """
         branches, anchors, velocities = [], [], []
-        parts = batches(self.sequences, self.config.policy.rollout_rows)
+        count = self.config.routing.num_branches + anchor
+        rows_here = [n for n in self.sequences if n < count]
+        sizes = [min(stop, count) - start for start, stop in self._bounds]
+        parts = batches(rows_here, self.config.policy.rollout_rows)
         with stage("replay"), self.policy.acting(slot):
             for sampled in groups:
                 noises = self.noises(update, sampled.group.prompt.index)
@@ -156,17 +161,21 @@ class Stages:
                     replay(sampled, self.encode, noises, self.config.energy, rows, keep=keep)
                     for rows in parts
                 ]
-                energy_N = self._gathered([part.energy_B for part in found])
-                branches.append(energy_N[:-1])
-                anchors.append(energy_N[-1])
+                none = sampled.group.trajectory.velocity_NPTFCHW[:0].float()  # if it has no row
+                energy_N = self._gathered(
+                    [none.flatten(), *(part.energy_B for part in found)], sizes
+                )
+                branches.append(energy_N[: count - anchor])
+                anchors.append(energy_N[-1] if anchor else energy_N.new_full((), torch.nan))
                 if keep:
-                    velocities.append(self._gathered([p.velocity_BPTFCHW for p in found]))
+                    kept = [none, *(part.velocity_BPTFCHW for part in found)]
+                    velocities.append(self._gathered(kept, sizes))
         return Energies(torch.stack(branches), torch.stack(anchors), tuple(velocities))
 
-    def _gathered(self, parts: Sequence[Tensor | None]) -> Tensor:
+    def _gathered(self, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
         """All sequences' rows, from the batches of this rank's."""
         own = torch.cat([part for part in parts if part is not None])
-        return gather_rows(own, self.ranks.branch, self._sizes)
+        return gather_rows(own, self.ranks.branch, sizes)
 
     def backward(
         self, update: int, groups: Sequence[SampledGroup], weight_PG: Tensor,

@@ -141,6 +141,58 @@ def test_velocity_leaves_nothing_behind(tiny):
     stream.release()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("bank", [0, 2])
+def test_a_pass_that_only_fills_leaves_what_a_whole_one_leaves(ranks, bank):
+    """The last block's output is not computed; of the others nothing is left out."""
+    tiny = small.build(ranks, f"memory.bank_frames={bank}")
+    pool, filled = tiny.world.pool, []
+    stream = tiny.streamed(12, rows=2)
+    context = torch.tensor([t.lookup(plain_context(12, tiny.config.stream)) for t in stream.tables])
+    free = [pool.take() for _ in range(6)]
+    for fills in (False, True):
+        pages = PassPages(
+            pool, context, torch.tensor(free).view(2, 3), num_memory=3, fills_only=fills
+        )
+        pool.key[:, free], pool.value[:, free] = 7.0, 7.0
+        out = tiny.model(tiny.latents(3, 2), torch.zeros(2, 1), range(12, 15), stream.text, pages)
+        assert out.numel() == (0 if fills else tiny.latents(3, 2).numel())
+        filled.append((pool.key[:, free].clone(), pool.value[:, free].clone()))
+    for whole, only in zip(*filled, strict=True):
+        assert torch.equal(whole, only)
+        assert not (only == 7.0).all(dim=(2, 3, 4)).any(), "a page was left as it was"
+    for page in free:
+        pool.drop(page)
+    stream.release()
+    assert pool.num_free == tiny.num_pages
+
+
+@torch.no_grad()
+def test_a_switch_of_many_rows_goes_in_parts_of_a_blocks_tokens(ranks):
+    tiny = small.build(ranks)
+    latent, seen, model = tiny.latents(15, 6), [], tiny.model.forward
+    texts = tiny.text(*[small.TEXTS[n % 2] for n in range(6)])
+    stream = tiny.streamed(15, rows=6)
+
+    def counted(latent_BFCHW, *rest):
+        seen.append(tuple(latent_BFCHW.shape[:2]))
+        return model(latent_BFCHW, *rest)
+
+    tiny.model.forward = counted
+    stream.recache(texts, latent)
+    tiny.model.forward = model
+    assert seen == [(2, 12)] * 3  # 6 rows of 3 frames are 18 frames
+    for row in range(6):
+        alone = tiny.streamed(15, rows=6)
+        text = texts.select(torch.tensor([row]))
+        alone.part([row], text).recache(text, latent[row : row + 1])
+        for frame in range(3, 15):
+            ours, theirs = (t.tables[row].pages[frame] for t in (stream, alone))
+            torch.testing.assert_close(tiny.world.pool.key[:, ours], tiny.world.pool.key[:, theirs])
+        alone.release()
+    stream.release()
+
+
 def test_only_a_single_row_forks(tiny):
     stream = tiny.streamed(3, rows=2)
     with pytest.raises(ValueError, match="stream of 1 row forks, this one has 2"):
