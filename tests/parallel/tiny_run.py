@@ -26,7 +26,7 @@ from megatron_kvpo.model.weights import base_parameters, initialise, save_weight
 from megatron_kvpo.parallel.groups import Axis, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Clip
-from megatron_kvpo.reward.base import REWARDS
+from megatron_kvpo.reward.base import REWARDS, measured
 from megatron_kvpo.training.evaluate import Evaluator
 from megatron_kvpo.training.metrics import read_jsonl
 from megatron_kvpo.training.policy import Policy
@@ -182,7 +182,7 @@ def train_traced(config: RunConfig) -> Trace:
         mock.patch.object(Policy, "step", watched_step),
         mock.patch.object(Run, "finish", watched_finish),
         mock.patch.object(Evaluator, "real", return_value=0.0),  # slow, and without a policy
-        mock.patch.dict(REWARDS, pattern=Pattern),
+        mock.patch.dict(REWARDS, pattern=measured(Pattern)),
         ranks_left(),
     ):
         program.train(config)
