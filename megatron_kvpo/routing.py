@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron_kvpo.method_config import RoutingConfig, StreamConfig
@@ -230,6 +231,16 @@ def context_frames(
     if not routed or not plan.fork_frame <= frame < stop:
         return plain_context(frame, stream)
     return routed_context(frame, routed, stream, routing)
+
+
+def route_entropy(plan: RoutingPlan) -> float:
+    """Entropy, in nats, of an old frame drawn from a branch drawn from the group.
+
+    From log(routed frames), where all branches see the same, to log(pool); 0 without routing.
+    """
+    seen = Counter(frame for routed in plan.routed_frames_G for frame in routed)
+    total = sum(seen.values())
+    return -sum(n / total * math.log(n / total) for n in seen.values())
 
 
 def diversity(plan: RoutingPlan) -> float:

@@ -15,6 +15,7 @@ from megatron_kvpo.algorithm.loss import energy_weights
 from megatron_kvpo.config import RunConfig, load_config
 from megatron_kvpo.training.alarms import check_gradients, check_start
 from megatron_kvpo.training.metrics import Metrics
+from megatron_kvpo.training.reward_log import reward_lines
 from megatron_kvpo.training.run import Run
 
 
@@ -25,6 +26,8 @@ def train(config: RunConfig) -> None:
         run.evaluate("before", metrics)
         with log.Progress(config.num_updates, first=run.first, start=run.update) as progress:
             for update in range(run.update, config.num_updates):
+                if run.stopped:
+                    break
                 train_step(run, update, metrics, progress)
         run.evaluate("after", metrics)
     run.finish(progress.seconds_per_update)
@@ -49,6 +52,7 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
     # Reward: what are they worth, beside the anchor?
     rewards = stages.score(groups)
     advantage_PG, scale_P, seen = stages.advantages(update, groups, rewards)
+    metrics.log_rewards(update, reward_lines(groups, rewards, advantage_PG, run.ranks))
 
     # Update: the loss sees G numbers a group, so each branch goes backward by itself.
     loss, weight_PG = energy_weights(

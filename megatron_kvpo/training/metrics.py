@@ -1,4 +1,4 @@
-"""A run's figures as they come: metrics.jsonl always, wandb if wanted, the resolved config."""
+"""A run's figures as they come: two .jsonl files always, wandb if wanted, the resolved config."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import netrc
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TypeAlias
@@ -52,6 +52,7 @@ class Metrics:
         self._config, self._first, self._resume_at = config, first, resume_at
         self._folder = config.run_folder
         self._file: Any = None
+        self._rewards: Any = None
         self._wandb: Any = None
         self._warned: set[str] = set()
 
@@ -63,6 +64,9 @@ class Metrics:
         path = self._folder / "metrics.jsonl"
         truncate(path, self._resume_at, self._resume_at < self._config.num_updates)
         self._file = path.open("a", encoding="utf-8")
+        path = self._folder / "rewards.jsonl"
+        truncate(path, self._resume_at)
+        self._rewards = path.open("a", encoding="utf-8")
         self._wandb = _start_wandb(self._config, resumed=self._resume_at > 0)
         return self
 
@@ -72,9 +76,10 @@ class Metrics:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        for file in (self._file, self._rewards):
+            if file is not None:
+                file.close()
+        self._file = self._rewards = None
         if self._wandb is not None:
             self._guard(lambda run: run.finish(exit_code=0 if error is None else 1))
             self._wandb = None
@@ -107,6 +112,14 @@ class Metrics:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         self._guard(lambda run: run.log({"update": int(update), **numbers}))
+
+    def log_rewards(self, update: int, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Append to rewards.jsonl what training.reward_log says of each group."""
+        if self._rewards is None:
+            return
+        for line in lines:
+            self._rewards.write(json.dumps({"update": update, **line}) + "\n")
+        self._rewards.flush()
 
     def log_video(self, name: str, path: Path, update: int = 0, caption: str = "") -> None:
         """Show a .gif or .mp4 file in wandb. ValueError if it is missing or of another kind."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from megatron_kvpo.rollout.sizing import run_pages
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import legal_forks
 from megatron_kvpo.training.evaluate import Evaluator
+from megatron_kvpo.training.guard import Guard
 from megatron_kvpo.training.metrics import Metrics
 from megatron_kvpo.training.parts import build_codec, build_encoder
 from megatron_kvpo.training.policy import Policy
@@ -53,6 +54,10 @@ class Run:
         self.first = is_first(ranks)
         self.update = 0
         """Updates done when the loop begins."""
+
+        self.guard = Guard(config.reward.guard, config.reward.held_out)
+        self._last = config.num_updates
+        """Updates done when the run ends."""
 
         self._tables: dict[str, EvaluationTable] = {}
         self._real: float | None = None
@@ -90,6 +95,11 @@ class Run:
         log.setup(is_first(ranks), config.run_folder)
         return run
 
+    @property
+    def stopped(self) -> bool:
+        """Whether the guard of the rewards has ended the run before its last update."""
+        return self.guard.stops
+
     def reference(
         self, update: int, groups: Sequence[SampledGroup], current: Energies
     ) -> Energies | None:
@@ -115,7 +125,7 @@ class Run:
             self._real = self.evaluator.real()
             logger.info("real videos of the same prompts score %.3f", self._real)
         if name == "after":
-            self._log_table(self._tables[name], self.config.num_updates, metrics)
+            self._log_table(self._tables[name], self._last, metrics)
         elif self.update == 0:  # a resumed run has this line already
             self._log_table(self._tables[name], 0, metrics)
         metrics.log_video(f"eval/{name}", self.evaluator.video_path(name), self.update)
@@ -125,11 +135,17 @@ class Run:
         every = self.config.evaluation.every
         if every and update % every == 0 and update < self.config.num_updates:
             table = self.evaluator.run(f"{update:06d}", self.config.evaluation.adapter)
-            self._log_table(table, update, metrics)
+            seen = self.guard.watch(self._tables["before"], table)
+            self._last = update if self.stopped else self._last
+            self._log_table(table, update, metrics, seen)
 
-    def _log_table(self, table: EvaluationTable, update: int, metrics: Metrics) -> None:
+    def _log_table(
+        self, table: EvaluationTable, update: int, metrics: Metrics,
+        seen: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         scores = {name: float(table.of(name).mean()) for name in table.components}
-        metrics.log(update, eval={"composite": float(table.of(None).mean()), **scores})
+        whole = {"composite": float(table.of(None).mean()), **scores, **(seen or {})}
+        metrics.log(update, eval=whole)
 
     def log(
         self, update: int, metrics: Metrics, progress: log.Progress,
@@ -160,10 +176,11 @@ class Run:
     def save(self, update: int) -> None:
         """Write a checkpoint if it is time."""
         checkpoint = self.config.checkpoint
-        last = update == self.config.num_updates
+        last = update == self._last
         if checkpoint.every and (last or update % checkpoint.every == 0):
             tree = self.policy.sharded_state()
-            tree["run"] = {"update": update, "seed": self.config.seed}
+            tree["run"] = {"update": update, "seed": self.config.seed,
+                           "strikes": self.guard.strikes}  # fmt: skip
             save(self.config.run_folder / "checkpoints", update, tree, self.ranks, checkpoint.keep)
 
     def _resume(self) -> None:
@@ -187,8 +204,13 @@ class Run:
                 "checkpoint.resume=false"
             )
         self.policy.load_state(state)
-        self.update = int(saved["update"])
+        self.update, self.guard.strikes = int(saved["update"]), int(saved.get("strikes", 0))
         logger.info("resuming from %s: %d updates are done", found, self.update)
+        if self.stopped:
+            self._last = self.update
+            logger.warning(
+                "the guard of the rewards ended this run: with reward.guard.stop=false it goes on"
+            )
 
     def finish(self, seconds_per_update: float) -> None:
         """Summary, report and the last line of output; leave the ranks.
@@ -201,7 +223,7 @@ class Run:
                 seconds_per_update = _earlier_seconds(folder / "summary.json")
             summary = summarise(
                 self._tables["before"], self._tables["after"],
-                held_out=self.config.reward.held_out, updates=self.config.num_updates,
+                held_out=self.config.reward.held_out, updates=self._last,
                 seconds_per_update=seconds_per_update, ranks=self.ranks.world,
                 reward_real=self._real, name=self.config.name, seed=self.config.seed,
             )  # fmt: skip

@@ -26,9 +26,19 @@ from megatron_kvpo.rollout.replay import Push, replay
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.sizing import replay_pages
 from megatron_kvpo.rollout.stream import World, lent_pages
-from megatron_kvpo.routing import diversity, draw_plan
+from megatron_kvpo.routing import diversity, draw_plan, route_entropy
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.policy import Policy
+
+
+def latent_distance(group: RolloutGroup) -> Tensor:
+    """Root mean square of two branches' difference in latents from the fork on, over all pairs.
+
+    0: all branches are one video. About 1.4: they have nothing in common.
+    """
+    after = group.latent_NFCHW[:-1, group.plan.fork_frame :].float()
+    return (2 * after.var(dim=0).mean()).sqrt()
+
 
 _BACKWARD_PASSES = 3.5
 """What a pass with its backward costs, in passes without: as measured, docs/benchmarks."""
@@ -130,11 +140,13 @@ class Stages:
             coordinates = (self.config.seed, update, sampled.group.prompt.index)
             row, metrics = advantages(table, self.config.advantage, coordinates)
             rows.append(row)
-            distance = row.new_tensor(diversity(sampled.group.plan))
-            parts.append(
-                {**metrics, "reward/composite": self._composite(table),
-                 "policy/route_distance": distance}
-            )  # fmt: skip
+            plan = sampled.group.plan
+            parts.append({
+                **metrics, "reward/composite": self._composite(table),
+                "policy/route_distance": row.new_tensor(diversity(plan)),
+                "policy/route_entropy": row.new_tensor(route_entropy(plan)),
+                "policy/latent_distance": latent_distance(sampled.group).to(row.device),
+            })  # fmt: skip
             scales.append(1.0 if beats_anchor(table) else self.config.loss.unsafe_scale)
         mean = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         device = self.ranks.device

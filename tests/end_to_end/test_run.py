@@ -171,3 +171,37 @@ def test_a_learning_rate_of_0_gains_exactly_nothing(recipe):
     wanted = load_config(recipe, ["name=still", *overrides])
     assert load_config(run.folder / "config.yaml") == wanted
     assert wanted.optimizer.lr == 0
+
+
+def test_a_gamed_reward_ends_the_run_with_all_that_a_run_leaves(recipe, tmp_path):
+    """Held-out rewards are said to fall: the guard stops the run, which stays stopped."""
+    launcher = tmp_path / "gamed.py"
+    launcher.write_text(
+        "import runpy, sys\n"
+        "from megatron_kvpo.training import guard\n"
+        "guard.gain_sd = lambda base, now, name: 1.0 if name is None else -1.0\n"
+        "sys.argv = sys.argv[2:]\n"
+        "runpy.run_module('megatron_kvpo.train', run_name='__main__', alter_sys=True)\n"
+    )
+    overrides = ["num_updates=3", "evaluation.every=1", "reward.guard.patience=1"]
+    stop = "reward.guard.stop=true"
+    run = _start([sys.executable, str(launcher)], recipe, "gamed", *overrides, stop)
+    assert run.result["updates"] == 1
+    assert "the run ends here" in run.stderr
+    assert [line["update"] for line in run.updates] == [0]
+    assert run.evaluations[1][f"eval/{HELD_OUT}_sd"] == -1
+    assert (run.folder / "checkpoints" / "step_00000001").is_dir()
+    assert (run.folder / "report.html").is_file()
+    scores = read_jsonl(run.folder / "rewards.jsonl")
+    assert {line["update"] for line in scores} == {0}
+    assert all(set(line["local"]) == set(TRAINED) for line in scores)
+    again = _start([sys.executable], recipe, "gamed", *overrides, stop)
+    assert "the guard of the rewards ended this run" in again.stderr
+    assert again.result["updates"] == 1
+    assert again.updates == run.updates
+    on = _start([sys.executable], recipe, "gamed", *overrides, "reward.guard.stop=false")
+    assert on.result["updates"] == 3
+    assert [line["update"] for line in read_jsonl(run.folder / "rewards.jsonl")] == sorted(
+        line["update"] for line in read_jsonl(run.folder / "rewards.jsonl")
+    )
+    assert len(on.updates) == 3
