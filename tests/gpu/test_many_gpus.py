@@ -91,9 +91,9 @@ class DrawnScorer:
 
     def send_group(self, group: RolloutGroup) -> ScoredGroup:
         """See Scorer.send_group."""
-        rows, device = list(group.sequences), group.latent_NFCHW.device
-        drawn = noise((2, 2, 1 + max(rows)), "rewards", group.prompt.index, device=device)
-        local_KN, global_KN = drawn[:, :, rows]
+        device, index = group.latent_NFCHW.device, group.prompt.index
+        rows = [noise((2, 2), "rewards", index, n, device=device) for n in group.sequences]
+        local_KN, global_KN = torch.stack(rows, dim=-1)
         return ScoredGroup(
             RewardTable(components=("one", "two"), weights=(1.0, 2.0), local_KN=local_KN,
                         global_KN=global_KN)
