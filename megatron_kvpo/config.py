@@ -158,6 +158,12 @@ class EvaluationConfig:
     filmstrips: int = 6
     """Prompts shown in the report."""
 
+    def __post_init__(self) -> None:
+        check_positive("evaluation", noises_per_prompt=self.noises_per_prompt,
+                       filmstrips=self.filmstrips)  # fmt: skip
+        if self.every < 0:
+            raise ValueError(f"evaluation.every is {self.every}: use 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:

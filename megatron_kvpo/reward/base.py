@@ -11,12 +11,14 @@ from torch import Tensor
 
 from megatron_kvpo.config import RewardConfig
 from megatron_kvpo.records import Clip
+from megatron_kvpo.reward.hpsv3 import HpsV3
 from megatron_kvpo.reward.shapes import (
     MotionQuality,
     TemporalConsistency,
     TextAlignment,
     VisualQuality,
 )
+from megatron_kvpo.reward.videoreward import VideoReward
 
 
 class Reward(Protocol):
@@ -79,7 +81,13 @@ SHAPES: dict[str, Builder] = {
 }
 """Of the shapes world: they read its captions only."""
 
-REWARDS: dict[str, Builder] = {**SHAPES}
+REWARDS: dict[str, Builder] = {
+    **SHAPES,
+    "videoreward_vq": VideoReward.build,
+    "videoreward_mq": VideoReward.build,
+    "videoreward_ta": VideoReward.build,
+    "hpsv3": HpsV3.build,
+}
 """Adding a reward: one file with a class, one line here, one name in the YAML. Components that
 share a builder are scored together, by one reward."""
 

@@ -189,31 +189,6 @@ def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks, monkeypat
         sampled.release()
 
 
-def test_a_replay_may_leave_the_anchor_out_even_where_a_rank_has_nothing_else(ranks, monkeypatch):
-    monkeypatch.setattr(stages_module, "gather_rows", lambda rows, *_: rows)
-    tiny = small.build(ranks)
-    groups = tiny.stages.explore(0)
-    tiny.stir("reference")
-    whole = tiny.stages.energies(0, groups, "reference")
-    found = tiny.stages.energies(0, groups, "reference", keep=True, anchor=False)
-    torch.testing.assert_close(found.branch_PG, whole.branch_PG, rtol=1e-5, atol=1e-7)
-    assert found.anchor_P.isnan().all()
-    assert not whole.anchor_P.isnan().any()
-    branches = tiny.config.routing.num_branches
-    assert found.velocities[0].shape == groups[0].group.trajectory.velocity_NPTFCHW[1:].shape
-    axis = Axis(size=branches, rank=branches - 1, group=ranks.branch.group)
-    stages = Stages(
-        tiny.config, dataclasses.replace(ranks, branch=axis), tiny.policy, tiny.world, tiny.encode,
-        tiny.stages.scorer, tiny.stages.prompts,
-    )  # fmt: skip
-    assert stages.sequences == (branches,)
-    alone = stages.energies(0, groups, "reference", keep=True, anchor=False)
-    assert alone.branch_PG.shape == (len(groups), 0)
-    assert alone.velocities[0].shape[0] == 0
-    for sampled in groups:
-        sampled.release()
-
-
 def test_a_rank_that_rolls_out_more_sends_less_backward(ranks):
     """8 branches and the anchor on 2 ranks: 5 and 4 roll out; over an update they do the same."""
     axis = Axis(size=2, rank=0, group=ranks.branch.group)

@@ -1,10 +1,15 @@
-"""A group whose rows go in turns."""
+"""A group whose rows go in turns, or without the anchor."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 
+from megatron_kvpo.parallel.groups import Axis
+from megatron_kvpo.training import stages as stages_module
+from megatron_kvpo.training.stages import Stages
 from tests.unit import small
 
 ranks = small.ranks
@@ -36,3 +41,28 @@ def test_a_group_in_turns_is_the_group_at_once(ranks, rows):
     torch.testing.assert_close(turns.latent_NFCHW, whole.latent_NFCHW, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(others[0].velocities[0], old.velocities[0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(others[1], energies, rtol=1e-3, atol=1e-5)
+
+
+def test_a_replay_may_leave_the_anchor_out_even_where_a_rank_has_nothing_else(ranks, monkeypatch):
+    monkeypatch.setattr(stages_module, "gather_rows", lambda rows, *_: rows)
+    tiny = small.build(ranks)
+    groups = tiny.stages.explore(0)
+    tiny.stir("reference")
+    whole = tiny.stages.energies(0, groups, "reference")
+    found = tiny.stages.energies(0, groups, "reference", keep=True, anchor=False)
+    torch.testing.assert_close(found.branch_PG, whole.branch_PG, rtol=1e-5, atol=1e-7)
+    assert found.anchor_P.isnan().all()
+    assert not whole.anchor_P.isnan().any()
+    branches = tiny.config.routing.num_branches
+    assert found.velocities[0].shape == groups[0].group.trajectory.velocity_NPTFCHW[1:].shape
+    axis = Axis(size=branches, rank=branches - 1, group=ranks.branch.group)
+    stages = Stages(
+        tiny.config, dataclasses.replace(ranks, branch=axis), tiny.policy, tiny.world, tiny.encode,
+        tiny.stages.scorer, tiny.stages.prompts,
+    )  # fmt: skip
+    assert stages.sequences == (branches,)
+    alone = stages.energies(0, groups, "reference", keep=True, anchor=False)
+    assert alone.branch_PG.shape == (len(groups), 0)
+    assert alone.velocities[0].shape[0] == 0
+    for sampled in groups:
+        sampled.release()
