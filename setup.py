@@ -26,11 +26,12 @@ RUNTIME = [
     "av>=14",
     "matplotlib",
     "tqdm",
+    "httpx",
     "wandb",
 ]
 EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9"],
-    "reward": ["accelerate"],
+    "reward": ["accelerate", "fastapi", "uvicorn"],
     "dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy>=1.11", "types-PyYAML", "scipy"],
 }
 

@@ -1,9 +1,9 @@
-"""The frozen parts around the generator: the text encoder and the codec that a recipe names."""
+"""The frozen parts around the generator that a recipe names: text encoder, codec, judges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,9 @@ from megatron_kvpo.model.codec import ShapesCodec, load_codec
 from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.model.wan_vae import WanVae, load_wan_vae
 from megatron_kvpo.parallel.groups import Ranks
+
+if TYPE_CHECKING:
+    from megatron_kvpo.reward.service import RemoteReward
 
 
 class Encoder(Protocol):
@@ -51,3 +54,17 @@ def build_codec(config: RunConfig, ranks: Ranks) -> ShapesCodec | WanVae:
             f"is {config.model.latent_channels}: name the VAE that the generator was trained with"
         )
     return vae
+
+
+def connect_judges(config: RunConfig, ranks: Ranks) -> list[RemoteReward]:
+    """The servers that score this rank's clips; none if scoring is the training process's own.
+
+    ValueError and RuntimeError as reward.service.connect raises them.
+    """
+    reward = config.reward
+    if not (reward.service.urls or reward.service.spawn):
+        return []
+    from megatron_kvpo.reward.service import connect
+
+    names = (*reward.weights, *reward.held_out)
+    return connect(reward.service, names, device=ranks.device, recipe=config)

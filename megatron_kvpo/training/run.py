@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,12 +28,15 @@ from megatron_kvpo.routing import legal_forks
 from megatron_kvpo.training.evaluate import Evaluator
 from megatron_kvpo.training.guard import Guard
 from megatron_kvpo.training.metrics import Metrics
-from megatron_kvpo.training.parts import build_codec, build_encoder
+from megatron_kvpo.training.parts import build_codec, build_encoder, connect_judges
 from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.report import write_report
 from megatron_kvpo.training.stages import Stages
 from megatron_kvpo.training.summary import EvaluationTable, summarise, to_json
 from megatron_kvpo.world import parse_captions
+
+if TYPE_CHECKING:
+    from megatron_kvpo.reward.service import RemoteReward
 
 logger = log.get_logger(__name__)
 
@@ -47,10 +51,11 @@ class Run:
     """Everything that lives from the first update to the last."""
 
     def __init__(
-        self, config: RunConfig, ranks: Ranks, policy: Policy, stages: Stages, evaluator: Evaluator
-    ) -> None:
+        self, config: RunConfig, ranks: Ranks, policy: Policy, stages: Stages,
+        evaluator: Evaluator, judges: Sequence[RemoteReward] = (),
+    ) -> None:  # fmt: skip
         self.config, self.ranks, self.policy, self.stages = config, ranks, policy, stages
-        self.evaluator = evaluator
+        self.evaluator, self._judges = evaluator, judges
         self.first = is_first(ranks)
         self.update = 0
         """Updates done when the loop begins."""
@@ -73,8 +78,10 @@ class Run:
         ranks = start_ranks(config.parallel, config.device)
         share(range(config.policy.groups_per_update), ranks.data.rank, ranks.data.size)
         log.setup(is_first(ranks))
-        policy = Policy.build(config, ranks, on_device=on_device)
         codec, encode = build_codec(config, ranks), build_encoder(config).encode
+        judges = connect_judges(config, ranks)
+        scorer = Scorer(config.reward, config.stream, codec.decode_rows, judges, ranks.device)
+        policy = Policy.build(config, ranks, on_device=on_device)
         own = shares(config.routing.num_branches + 1, ranks.branch.size)[ranks.branch.rank]
         pages = run_pages(
             config.stream, config.routing, config.memory, prompts, held_out,
@@ -86,11 +93,10 @@ class Run:
         )  # fmt: skip
         world = World(policy.model, policy.model.new_pool(pages), config.stream, config.routing,
                       config.memory)  # fmt: skip
-        scorer = Scorer(config.reward, config.stream, codec.decode_rows, device=ranks.device)
         stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)
         stages = Stages(config, ranks, policy, world, encode, scorer, stream)
         evaluator = Evaluator(config, ranks, policy, world, encode, scorer, codec, held_out)
-        run = Run(config, ranks, policy, stages, evaluator)
+        run = Run(config, ranks, policy, stages, evaluator, judges)
         run._resume()
         log.setup(is_first(ranks), config.run_folder)
         return run
@@ -231,6 +237,8 @@ class Run:
             if self.config.log.report:
                 write_report(folder)
             log.emit_result(to_json(summary))
+        for judge in self._judges:
+            judge.close()
         stop_ranks()
 
 
