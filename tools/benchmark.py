@@ -5,7 +5,7 @@
     python -m tools.benchmark RECIPE --scaling 1,2,4 --output scaling.json
 
 Real updates of the real loop run on random weights unless the recipe names some. Rewards are drawn,
-not measured: scoring is another's time. Writes the JSON, a Markdown table and a plot beside it.
+unless --score asks for the recipe's own. Writes the JSON, a Markdown table and a plot beside it.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
         config = quiet(load_config(options.recipe, options.overrides), Path(folder))
         run = Run.start(config, on_device=True)
         try:
-            run.stages.scorer = DrawnRewards(run.stages.scorer, decode=options.decode)
+            if not options.score:
+                run.stages.scorer = DrawnRewards(run.stages.scorer, decode=options.decode)
             first = first_update(config, options.fork, options.stale, run)
             ceiling = matmul_ceiling(run.ranks.device, config.model.torch_dtype)
             warm = first
@@ -250,6 +251,7 @@ def scaling(options: argparse.Namespace) -> dict[str, Any]:
                            "--updates", str(options.updates), "--warmup", str(options.warmup),
                            *(["--fork", str(options.fork)] if options.fork is not None else []),
                            *(["--decode"] if options.decode else []),
+                           *(["--score"] if options.score else []),
                            *(["--stale"] if options.stale else [])]  # fmt: skip
                 logger.info("%s", shlex.join(command))
                 subprocess.run(command, check=True)
@@ -269,6 +271,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-fork", type=int, help="of the warm-up; a late one is short")
     parser.add_argument("--stale", action="store_true", help="with a replay by the old policy")
     parser.add_argument("--decode", action="store_true", help="decode every row, too")
+    parser.add_argument("--score", action="store_true", help="by the recipe's rewards, for once")
     parser.add_argument("--trace", type=Path, help="profiler trace of the last update, .json")
     parser.add_argument("--scaling", type=_numbers, help="ranks, for example 1,2,4")
     return parser.parse_intermixed_args(arguments)
