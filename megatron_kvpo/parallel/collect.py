@@ -23,6 +23,14 @@ def share_of(n: int, axis: Axis) -> range:
     return shares(n, axis.size)[axis.rank]
 
 
+def from_first(x: Tensor, axes: Sequence[Axis]) -> Tensor:
+    """Fill x with what the rank that is first on all these axes has. Collective over them."""
+    for axis in axes:
+        if axis.size > 1:
+            dist.broadcast(x, src=dist.get_global_rank(axis.group, 0), group=axis.group)
+    return x
+
+
 def shares(n: int, size: int) -> list[range]:
     """The share of every rank of an axis of `size`, in rank order."""
     if n < 0:

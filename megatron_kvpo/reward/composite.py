@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from megatron_kvpo.config import RewardConfig, StreamConfig
+from megatron_kvpo.parallel.collect import from_first
+from megatron_kvpo.parallel.groups import Axis
 from megatron_kvpo.records import Clip, Prompt, RewardTable, RolloutGroup, Span
 from megatron_kvpo.reward.base import Reward, build_rewards
 from megatron_kvpo.stopwatch import stage
@@ -145,6 +147,31 @@ class SentGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedGroup:
+    """A group that one of several ranks has sent; the scores come to all of them."""
+
+    sent: SentGroup | None
+    """On the rank that has."""
+
+    components: tuple[str, ...]
+    weights: tuple[float, ...]
+    num_rows: int
+    device: torch.device
+    axes: tuple[Axis, ...]
+
+    def collect(self) -> RewardTable:
+        """See SentGroup.collect. Collective."""
+        shape = (2, len(self.components), self.num_rows)
+        both_2KN = torch.empty(shape, device=self.device)
+        if self.sent is not None:
+            table = self.sent.collect()
+            both_2KN = torch.stack([table.local_KN, table.global_KN])
+        local_KN, global_KN = from_first(both_2KN, self.axes)
+        return RewardTable(components=self.components, weights=self.weights, local_KN=local_KN,
+                           global_KN=global_KN)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredGroup:
     """A group whose scores are there."""
 
@@ -161,10 +188,12 @@ class Scorer:
     def __init__(
         self, config: RewardConfig, stream: StreamConfig, decode_rows: DecodeRows,
         judges: Sequence[Judge] | None = None, device: torch.device | str = "cpu",
+        axes: Sequence[Axis] = (),
     ) -> None:  # fmt: skip
         """ValueError: an unknown component, or nothing to train on.
 
-        Components that none of the `judges` has are built here, on `device`.
+        Components that none of the `judges` has are built here, on `device`. Ranks along `axes`
+        have the same videos: the first of them decodes and scores, and tells the others.
         """
         if not config.weights or not sum(config.weights.values()):
             raise ValueError(
@@ -174,9 +203,11 @@ class Scorer:
         self.config = config
         self.components = tuple(config.weights)
         self._wanted = (*config.weights, *config.held_out)
+        self._axes = tuple(axis for axis in axes if axis.size > 1)
+        self._speaks = all(axis.rank == 0 for axis in self._axes)
         elsewhere = list(judges or ())
         theirs = {name for judge in elsewhere for name in judge.components}
-        missing = [name for name in self._wanted if name not in theirs]
+        missing = [name for name in self._wanted if self._speaks and name not in theirs]
         here = [Here(reward) for reward in build_rewards(missing, config, device)]
         self._judges: list[Judge] = [*elsewhere, *here]
         self._stream, self._decode_rows = stream, decode_rows
@@ -185,9 +216,19 @@ class Scorer:
         """Score every row of each group, in the group's row order. See `send_group`."""
         return [sent.collect() for sent in [self.send_group(group) for group in groups]]
 
+    def send_group(self, group: RolloutGroup) -> SentGroup | SharedGroup:
+        """Decode a group and send its clips to the judges; see `_sent`."""
+        if not self._axes:
+            return self._sent(group)
+        return SharedGroup(
+            self._sent(group) if self._speaks else None, self.components,
+            tuple(self.config.weights.values()), len(group.latent_NFCHW),
+            group.latent_NFCHW.device, self._axes,
+        )  # fmt: skip
+
     @torch.no_grad()
-    def send_group(self, group: RolloutGroup) -> SentGroup:
-        """Decode a group and send its clips to the judges.
+    def _sent(self, group: RolloutGroup) -> SentGroup:
+        """Send a group's clips.
 
         Local: the fork's chunk. Global: a clip centred on each prompt segment, averaged over
         segments; one that ends before the fork is the same in all rows and is scored once.
@@ -286,15 +327,29 @@ class Scorer:
                 )
             yield frames.float()
 
-    @torch.no_grad()
-    def score_videos(self, latent_BFCHW: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+    def score_videos(
+        self, latent_BFCHW: Tensor, prompts: Sequence[Prompt], *, alone: bool = False
+    ) -> dict[str, Tensor]:
         """Score whole videos, each as one clip: component -> float32 [B], held-out ones included.
+
+        `alone`: by the first rank, while the others do something else.
 
         Raises:
             ValueError: not one prompt per video.
         """
         if len(prompts) != len(latent_BFCHW):
             raise ValueError(f"{len(prompts)} prompts for {len(latent_BFCHW)} videos")
+        if alone or not self._axes:
+            return self._scored_videos(latent_BFCHW, prompts)
+        score_KB = torch.empty(len(self._wanted), len(prompts), device=latent_BFCHW.device)
+        if self._speaks:
+            score_KB = torch.stack(list(self._scored_videos(latent_BFCHW, prompts).values()))
+        return dict(zip(self._wanted, from_first(score_KB, self._axes), strict=True))
+
+    @torch.no_grad()
+    def _scored_videos(
+        self, latent_BFCHW: Tensor, prompts: Sequence[Prompt]
+    ) -> dict[str, Tensor]:  # fmt: skip
         waiting, done = [], 0
         for frames_BFCHW in self.decoded(latent_BFCHW):
             clips = [

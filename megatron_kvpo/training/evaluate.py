@@ -99,7 +99,7 @@ class Evaluator:
         shown = self._config.evaluation.filmstrips
         self._save_strips((video_BCFHW[:shown].transpose(1, 2) / 2 + 0.5).clamp(0, 1), "real")
         prompts = [self.prompts[file.index] for file in pipeline.report.good]
-        scores = self._scorer.score_videos(latent, prompts)
+        scores = self._scorer.score_videos(latent, prompts, alone=True)
         return float(self._scorer.composite(scores).mean())
 
     def show_group(self, sampled: SampledGroup) -> None:

@@ -57,12 +57,13 @@ def build_codec(config: RunConfig, ranks: Ranks) -> ShapesCodec | WanVae:
 
 
 def connect_judges(config: RunConfig, ranks: Ranks) -> list[RemoteReward]:
-    """The servers that score this rank's clips; none if scoring is the training process's own.
+    """The servers that score this rank's clips; none if training processes score themselves.
 
     ValueError and RuntimeError as reward.service.connect raises them.
     """
     reward = config.reward
-    if not (reward.service.urls or reward.service.spawn):
+    asks = ranks.tensor.rank == ranks.context.rank == 0  # for those that have the same videos
+    if not asks or not (reward.service.urls or reward.service.spawn):
         return []
     from megatron_kvpo.reward.service import connect
 

@@ -80,7 +80,8 @@ class Run:
         log.setup(is_first(ranks))
         codec, encode = build_codec(config, ranks), build_encoder(config).encode
         judges = connect_judges(config, ranks)
-        scorer = Scorer(config.reward, config.stream, codec.decode_rows, judges, ranks.device)
+        scorer = Scorer(config.reward, config.stream, codec.decode_rows, judges, ranks.device,
+                        (ranks.tensor, ranks.context))  # fmt: skip
         policy = Policy.build(config, ranks, on_device=on_device)
         own = shares(config.routing.num_branches + 1, ranks.branch.size)[ranks.branch.rank]
         pages = run_pages(
