@@ -74,10 +74,10 @@ class _Listener:
     def __init__(self, components: Sequence[str]) -> None:
         self.components, self.clips = tuple(components), list[Clip]()
 
-    def submit(self, clips: Sequence[Clip]) -> Any:
+    def submit(self, clips: Sequence[Clip], names: Sequence[str]) -> Any:
         """See Judge.submit."""
         self.clips += clips
-        return lambda: torch.zeros(len(self.components), len(clips))
+        return lambda: torch.zeros(len(names), len(clips))
 
 
 def clips_of(config: RunConfig, fork: int, device: torch.device) -> list[Clip]:

@@ -33,8 +33,11 @@ class Judge(Protocol):
         """What it scores."""
         ...
 
-    def submit(self, clips: Sequence[Clip]) -> Answer:
-        """Have clips scored. They may be forgotten at once; the answer is asked for later."""
+    def submit(self, clips: Sequence[Clip], names: Sequence[str]) -> Answer:
+        """Have clips scored by some of its components; the answer, [K, B], has these in order.
+
+        The clips may be forgotten at once; the answer is asked for later.
+        """
         ...
 
 
@@ -49,9 +52,9 @@ class Here:
         """See Judge.components."""
         return self._reward.components
 
-    def submit(self, clips: Sequence[Clip]) -> Answer:
+    def submit(self, clips: Sequence[Clip], names: Sequence[str]) -> Answer:
         """See Judge.submit."""
-        found = self._reward.score(clips)
+        found = self._reward.score(clips)[[self.components.index(name) for name in names]]
         return lambda: found
 
 
@@ -267,12 +270,12 @@ class Scorer:
         self, names: Sequence[str], clips: Sequence[Clip]
     ) -> Callable[[], dict[str, Tensor]]:  # fmt: skip
         """Send clips to all judges of these components; what waits for their scores, by name."""
-        asked = [
-            (judge.components, judge.submit(clips))
-            for judge in self._judges
-            if set(judge.components) & set(names)
-        ]
-        count = len(clips)
+        asked, left, count = [], set(names), len(clips)
+        for judge in self._judges:
+            own = tuple(name for name in judge.components if name in left)
+            if own:
+                asked.append((own, judge.submit(clips, own)))
+            left -= set(own)
 
         def wait() -> dict[str, Tensor]:
             found: dict[str, Tensor] = {}
@@ -282,8 +285,7 @@ class Scorer:
                     raise ValueError(
                         f"scores {list(score_KB.shape)} of {components} do not fit {count} clips"
                     )
-                for name, score_B in zip(components, score_KB, strict=True):
-                    found.setdefault(name, score_B)
+                found |= zip(components, score_KB, strict=True)
             return found
 
         return wait

@@ -25,6 +25,7 @@ from megatron_kvpo import log
 from megatron_kvpo.config import RewardConfig, RunConfig
 from megatron_kvpo.records import Clip
 from megatron_kvpo.reward import wire
+from megatron_kvpo.reward.composite import Answer
 from megatron_kvpo.reward.spawn import TOKEN_VARIABLE, SpawnedServer
 from megatron_kvpo.reward_config import ServiceConfig
 
@@ -208,11 +209,12 @@ class RemoteReward:
         self._line, self._offer, self._config = line, offer, config
         self._closed = threading.Event()
         self._now, self._wait = now, wait or self._closed.wait
-        self._outage = _Outage(now)
-        self._turns = threading.BoundedSemaphore(_THREADS)
+        self._outage, self._turns = _Outage(now), threading.BoundedSemaphore(_THREADS)
 
-    def submit(self, clips: Sequence[Clip]) -> Callable[[], Tensor]:
+    def submit(self, clips: Sequence[Clip], names: Sequence[str] | None = None) -> Answer:
         """Send clips, which may change afterwards; the result waits for float32 [K, B], on the CPU.
+
+        `names`: the components to score; None is all.
 
         The result raises:
             ValueError: the server refuses these clips or this client, with its words.
@@ -220,11 +222,12 @@ class RemoteReward:
         """
         if self._closed.is_set():
             raise RuntimeError(f"the scorer {self._line.name} is closed: connect again")
+        wanted = self.components if names is None else tuple(names)
         answers = [
-            self._started(wire.encode(part, self._config.frames), len(part))
+            self._started(wire.encode(part, self._config.frames), wanted, len(part))
             for part in self._parts(clips)
         ]
-        empty = torch.zeros(len(self.components), 0)
+        empty = torch.zeros(len(wanted), 0)
         return lambda: torch.cat([empty, *(answer.result() for answer in answers)], dim=1)
 
     def score(self, clips: Sequence[Clip]) -> Tensor:
@@ -259,24 +262,24 @@ class RemoteReward:
         if part:
             yield part
 
-    def _started(self, body: bytes, num_clips: int) -> Future[Tensor]:
+    def _started(self, body: bytes, names: Sequence[str], num_clips: int) -> Future[Tensor]:
         answer: Future[Tensor] = Future()
         # A daemon: a run that ends for another reason does not wait for a scorer.
-        threading.Thread(target=self._settle, args=(answer, body, num_clips), daemon=True,
+        threading.Thread(target=self._settle, args=(answer, body, names, num_clips), daemon=True,
                          name="scorer").start()  # fmt: skip
         return answer
 
-    def _settle(self, answer: Future[Tensor], body: bytes, num_clips: int) -> None:
+    def _settle(self, answer: Future[Tensor], *request: Any) -> None:
         try:
             with self._turns:
-                answer.set_result(self._asked_until_answered(body, num_clips))
+                answer.set_result(self._asked_until_answered(*request))
         except (ValueError, RuntimeError, OSError) as error:
             answer.set_exception(error)
         finally:
             if not answer.done():  # an error that nobody thought of: who waits must not wait on
                 answer.set_exception(sys.exc_info()[1])
 
-    def _asked_until_answered(self, body: bytes, num_clips: int) -> Tensor:
+    def _asked_until_answered(self, body: bytes, names: Sequence[str], num_clips: int) -> Tensor:
         began: float | None = None
         wait_s = _FIRST_WAIT_S
         while True:
@@ -285,7 +288,7 @@ class RemoteReward:
             try:
                 if began is not None:
                     self._look()  # before many bytes are sent once more
-                score_KB = self._line.score(body, self.components, num_clips)
+                score_KB = self._line.score(body, names, num_clips)
             except _UnansweredError as fault:
                 now = self._now()
                 began = now if began is None else began

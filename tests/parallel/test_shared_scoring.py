@@ -25,10 +25,11 @@ class Judge:
     def __init__(self, rank: int) -> None:
         self.rank, self.clips = rank, 0
 
-    def submit(self, clips: Sequence[Clip]) -> Any:
+    def submit(self, clips: Sequence[Clip], names: Sequence[str]) -> Any:
         self.clips += len(clips)
         means_B = torch.stack([clip.frames_FCHW.mean() for clip in clips]) + self.rank
-        return lambda: torch.stack([means_B, 2 * means_B, 3 * means_B])
+        places = [1 + self.components.index(name) for name in names]
+        return lambda: torch.stack([place * means_B for place in places])
 
 
 def scored(rank: int) -> dict[str, Tensor | int]:

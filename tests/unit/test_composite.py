@@ -269,15 +269,15 @@ def test_judges_elsewhere_are_asked_before_any_answers(spies: dict[str, Spy]) ->
 
     class Elsewhere:
         components = ("one", "three", "extra")
-        spy = Spy(*components)
+        spy, lost = Spy(*components), 0
 
-        def submit(self, clips: Sequence[Clip]) -> Callable[[], Tensor]:
-            found = self.spy.score(clips)
-            happened.append(len(clips))
+        def submit(self, clips: Sequence[Clip], names: Sequence[str]) -> Callable[[], Tensor]:
+            found = self.spy.score(clips)[[self.components.index(name) for name in names]]
+            happened.append((len(clips), *names))
 
             def answer() -> Tensor:
                 happened.append("answer")
-                return found
+                return found[:, self.lost :]
 
             return answer
 
@@ -285,7 +285,8 @@ def test_judges_elsewhere_are_asked_before_any_answers(spies: dict[str, Spy]) ->
     assert list(spies) == ["two"]
     group = group_of(numbered(20))
     sent = [scorer.send_group(group), scorer.send_group(group)]
-    assert happened == [1 + 16 * 3, 4 * 3] * 2  # the clip before the fork, and each row's three
+    # The clip before the fork, and each row's three; what is held out is not asked for.
+    assert happened == [(1 + 16 * 3, "one"), (4 * 3, "one")] * 2
     first, second = (part.collect() for part in sent)
     assert happened[4:] == ["answer"] * 4
     assert torch.equal(first.local_KN, second.local_KN)
@@ -296,8 +297,9 @@ def test_judges_elsewhere_are_asked_before_any_answers(spies: dict[str, Spy]) ->
     assert torch.equal(first.global_KN, plain.global_KN)
     scores = scorer.score_videos(group.latent_NFCHW, [PROMPT] * 20)
     torch.testing.assert_close(scores["three"], 2 * scores["one"])
-    Elsewhere.spy.components = ("one",)
-    with pytest.raises(ValueError, match=r"scores \[1, 49\] of \('one', 'three', 'extra'\)"):
+    assert happened[-4:-2] == [(16, "one", "three"), (4, "one", "three")]
+    Elsewhere.lost = 1
+    with pytest.raises(ValueError, match=r"scores \[1, 48\] of \('one',\) do not fit 49 clips"):
         scorer.score_groups([group])
 
 

@@ -156,6 +156,15 @@ def test_each_component_goes_to_the_first_server_that_has_it(caplog):
             connect(config(url_a, url_b), ["first", "fourth"])
 
 
+def test_some_components_may_be_asked_for_in_any_order():
+    with serving(Noting()) as url:
+        scorer = one(url)
+        assert torch.equal(scorer.submit(CLIPS, ["second"])(), SCORES[1:])
+        assert torch.equal(scorer.submit(CLIPS, ["second", "first"])(), SCORES.flip(0))
+        assert scorer.submit([], ["second"])().shape == (1, 0)
+        scorer.close()
+
+
 def test_a_wrong_token_or_none_ends_it_at_once(monkeypatch):
     with serving(Noting(), token="right") as url:
         with pytest.raises(ValueError, match=f"wants a token: set {TOKEN_VARIABLE}"):
