@@ -239,6 +239,13 @@ class RunConfig:
                 f"model.fp8 is {list(self.model.fp8)} and policy.mode full: products in 8 bits "
                 "need a frozen base. Train an adapter (policy.mode lora), or leave model.fp8 out"
             )
+        service = self.reward.service
+        if (service.urls or service.spawn) and service.patience_s >= self.parallel.timeout_s:
+            raise ValueError(
+                f"reward.service.patience_s {service.patience_s:g} is not below parallel.timeout_s "
+                f"{self.parallel.timeout_s}: ranks that wait for other ranks' scores would give up "
+                "first; raise the one or lower the other"
+            )
         if self.energy.grad_steps > len(self.stream.steps):
             raise ValueError(
                 f"energy.grad_steps {self.energy.grad_steps} exceeds the "

@@ -74,8 +74,9 @@ class ServiceConfig:
     timeout_s: float = 300.0
     """An answer that takes longer counts as none."""
 
-    patience_s: float = 3600.0
-    """A scorer that does not answer is asked again for so long; meanwhile the run waits."""
+    patience_s: float = 540.0
+    """A scorer that does not answer is asked again for so long; meanwhile the run waits. Below
+    parallel.timeout_s, after which ranks that wait for other ranks' scores give up."""
 
     def __post_init__(self) -> None:
         check_positive("reward.service", timeout_s=self.timeout_s, patience_s=self.patience_s)

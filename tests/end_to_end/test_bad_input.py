@@ -56,6 +56,10 @@ def recipe(tmp_path) -> Path:
         ("policy.mode=all", "policy.mode is 'all': choose one of ['lora', 'full']"),
         ("num_updates=two", "num_updates is 'two': it takes a whole number"),
         ("num_updates=0", "run.num_updates is 0: it must be above 0"),
+        (
+            "reward.service={spawn: true, patience_s: 600}",
+            "reward.service.patience_s 600 is not below parallel.timeout_s 600",
+        ),
         ("evaluation.filmstrips=0", "evaluation.filmstrips is 0: it must be above 0"),
         ("evaluation.every=-1", "evaluation.every is -1: use 0 or more"),
         ("model.num_heads=3", "model.hidden_dim 64 over model.num_heads 3 must be an even whole"),
