@@ -204,6 +204,10 @@ class StreamConfig:
         """Blocks of a whole video."""
         return self.num_frames // self.block_frames
 
+    def is_last(self, frame: int) -> bool:
+        """Whether the block that begins at latent frame `frame` ends the video."""
+        return frame + self.block_frames == self.num_frames
+
     def chunk_of(self, frame: int) -> tuple[int, int]:
         """[start, stop) of the chunk that latent frame `frame` lies in."""
         if frame < self.first_chunk_frames:

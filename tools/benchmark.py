@@ -271,7 +271,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-fork", type=int, help="of the warm-up; a late one is short")
     parser.add_argument("--stale", action="store_true", help="with a replay by the old policy")
     parser.add_argument("--decode", action="store_true", help="decode every row, too")
-    parser.add_argument("--score", action="store_true", help="by the recipe's rewards, for once")
+    parser.add_argument("--score", action="store_true", help="by the recipe's rewards")
     parser.add_argument("--trace", type=Path, help="profiler trace of the last update, .json")
     parser.add_argument("--scaling", type=_numbers, help="ranks, for example 1,2,4")
     return parser.parse_intermixed_args(arguments)

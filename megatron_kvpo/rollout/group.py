@@ -178,9 +178,8 @@ def _extend(
     routed: Sequence[Sequence[int]] | None,
 ) -> BlockRecord:  # fmt: skip
     """Generate a block, fill the cache with it, append its latents."""
-    config, frame = stream.world.stream, stream.frame
-    last = frame + config.block_frames == config.num_frames
-    record = extend(stream, draw, noises.key(frame), routed, last=last)
+    last = stream.world.stream.is_last(stream.frame)
+    record = extend(stream, draw, noises.key(stream.frame), routed, last=last)
     blocks.append(record.clean)
     return record
 

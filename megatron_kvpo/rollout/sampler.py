@@ -137,7 +137,7 @@ def generate_videos(
         ]  # fmt: skip
         record = extend(
             stream, lambda step, d=draws: torch.cat([draw(step) for draw in d]),  # type: ignore[misc]
-            (seed, "evaluation", frame), last=frame + config.block_frames == config.num_frames,
+            (seed, "evaluation", frame), last=config.is_last(frame),
         )  # fmt: skip
         blocks.append(record.clean)
     stream.release()

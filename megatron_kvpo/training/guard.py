@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from megatron_kvpo import log
 from megatron_kvpo.reward_config import GuardConfig
-from megatron_kvpo.training.summary import EvaluationTable
+from megatron_kvpo.training.summary import EvaluationTable, paired_gain
 
 logger = log.get_logger(__name__)
-
-_SMALLEST_SD = 1e-6
 
 
 class Guard:
@@ -35,8 +31,8 @@ class Guard:
 
     def watch(self, base: EvaluationTable, now: EvaluationTable) -> dict[str, float]:
         """Look at one more evaluation; what to log, in standard deviations of the base."""
-        gain = gain_sd(base, now, None)
-        changes = {name: gain_sd(base, now, name) for name in self._held_out}
+        gain = paired_gain(base, now).gain_sd
+        changes = {name: paired_gain(base, now, name).gain_sd for name in self._held_out}
         fallen = {n: c for n, c in changes.items() if c < -self._config.tolerance_sd}
         self.strikes = self.strikes + 1 if gain > 0 and fallen else 0
         if self.sounds:
@@ -50,9 +46,3 @@ class Guard:
             "gain_sd": gain, "diverged": float(self.strikes),
             **{f"{name}_sd": change for name, change in changes.items()},
         }  # fmt: skip
-
-
-def gain_sd(base: EvaluationTable, now: EvaluationTable, name: str | None) -> float:
-    """Mean change of a component (None: the composite) in the base's standard deviations."""
-    before, after = (table.of(name).astype(np.float64) for table in (base, now))
-    return float((after - before).mean() / max(float(before.std()), _SMALLEST_SD))

@@ -30,6 +30,9 @@ from megatron_kvpo.routing import diversity, draw_plan, route_entropy
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.policy import Policy
 
+_BACKWARD_PASSES = 3.5
+"""What a pass with its backward costs, in passes without: as measured, docs/benchmarks."""
+
 
 def latent_distance(group: RolloutGroup) -> Tensor:
     """Root mean square of two branches' difference in latents from the fork on, over all pairs.
@@ -38,10 +41,6 @@ def latent_distance(group: RolloutGroup) -> Tensor:
     """
     after = group.latent_NFCHW[:-1, group.plan.fork_frame :].float()
     return (2 * after.var(dim=0).mean()).sqrt()
-
-
-_BACKWARD_PASSES = 3.5
-"""What a pass with its backward costs, in passes without: as measured, docs/benchmarks."""
 
 
 class Stages:
@@ -54,8 +53,7 @@ class Stages:
         self.config, self.ranks, self.policy, self.world = config, ranks, policy, world
         self.encode, self.scorer, self.prompts = encode, scorer, prompts
         parts = shares(config.routing.num_branches + 1, ranks.branch.size)
-        self._bounds = [(part.start, part.stop) for part in parts]
-        self._sizes = [len(part) for part in parts]
+        self._parts, self._sizes = parts, [len(part) for part in parts]
         self.sequences = tuple(parts[ranks.branch.rank])
         """Branches and anchor (the last of all) that this rank rolls out, scores and replays."""
 
@@ -164,7 +162,7 @@ class Stages:
         branches, anchors, velocities = [], [], []
         count = self.config.routing.num_branches + anchor
         rows_here = [n for n in self.sequences if n < count]
-        sizes = [min(stop, count) - start for start, stop in self._bounds]
+        sizes = [min(part.stop, count) - part.start for part in self._parts]
         parts = batches(rows_here, self.config.policy.rollout_rows)
         with stage("replay"), self.policy.acting(slot):
             for sampled in groups:

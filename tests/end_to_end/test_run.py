@@ -177,9 +177,10 @@ def test_a_gamed_reward_ends_the_run_with_all_that_a_run_leaves(recipe, tmp_path
     """Held-out rewards are said to fall: the guard stops the run, which stays stopped."""
     launcher = tmp_path / "gamed.py"
     launcher.write_text(
-        "import runpy, sys\n"
+        "import runpy, sys, types\n"
         "from megatron_kvpo.training import guard\n"
-        "guard.gain_sd = lambda base, now, name: 1.0 if name is None else -1.0\n"
+        "guard.paired_gain = lambda base, now, name=None: types.SimpleNamespace(\n"
+        "    gain_sd=1.0 if name is None else -1.0)\n"
         "sys.argv = sys.argv[2:]\n"
         "runpy.run_module('megatron_kvpo.train', run_name='__main__', alter_sys=True)\n"
     )

@@ -14,7 +14,7 @@ from megatron_kvpo.reward_config import GuardConfig
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.routing import route_entropy
 from megatron_kvpo.training import guard as guard_module
-from megatron_kvpo.training.guard import Guard, gain_sd
+from megatron_kvpo.training.guard import Guard
 from megatron_kvpo.training.reward_log import reward_lines
 from megatron_kvpo.training.stages import latent_distance
 from megatron_kvpo.training.summary import EvaluationTable
@@ -23,7 +23,7 @@ from tests.unit import small
 ranks = small.ranks
 
 BASE = np.array([[0.2, 0.4], [0.6, 0.8]])
-SD = float(BASE.std())
+SD = float(BASE.std(ddof=1))
 
 
 def table(trained: float, held: float, other: float = 0.0) -> EvaluationTable:
@@ -40,8 +40,9 @@ def heard(monkeypatch):
 
 
 def test_gains_are_in_standard_deviations_of_the_base():
-    assert gain_sd(table(0, 0), table(0.5, -0.25), None) == pytest.approx(0.5, rel=1e-5)
-    assert gain_sd(table(0, 0), table(0.5, -0.25), "held") == pytest.approx(-0.25, rel=1e-5)
+    seen = Guard(GuardConfig(), ("held",)).watch(table(0, 0), table(0.5, -0.25))
+    assert seen["gain_sd"] == pytest.approx(0.5, rel=1e-5)
+    assert seen["held_sd"] == pytest.approx(-0.25, rel=1e-5)
 
 
 def test_the_alarm_sounds_when_held_out_rewards_fall_twice_in_a_row(heard):
