@@ -5,7 +5,7 @@ Everything here is the identity over an axis of one rank. No function carries gr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TypeVar
 
@@ -40,16 +40,17 @@ def shares(n: int, size: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(starts)]
 
 
-def leveled_shares(n: int, cost: float, loads: Sequence[float]) -> list[range]:
+def leveled_shares(
+    n: int, cost: Callable[[int], float], loads: Sequence[float]
+) -> list[range]:  # fmt: skip
     """The share of every rank, contiguous, when they carry `loads` already.
 
-    Each of the `n` items costs `cost` and goes to whoever carries least.
+    `cost` of so many items on one rank. Each item goes to who would then be done first.
     """
-    carried, counts = list(loads), [0] * len(loads)
+    counts = [0] * len(loads)
     for _ in range(n):
-        least = min(range(len(carried)), key=lambda r: carried[r])
-        carried[least] += cost
-        counts[least] += 1
+        done = [(load + cost(k + 1), k) for load, k in zip(loads, counts, strict=True)]
+        counts[done.index(min(done))] += 1
     starts = [sum(counts[:r]) for r in range(len(counts) + 1)]
     return [range(a, b) for a, b in pairwise(starts)]
 

@@ -33,6 +33,9 @@ from megatron_kvpo.training.policy import Policy
 _BACKWARD_PASSES = 3.5
 """What a pass with its backward costs, in passes without: as measured, docs/benchmarks."""
 
+_GPU_ROWS = 2
+"""Fewer rows at once take a GPU as long with their backward: the host is what it waits for."""
+
 
 def latent_distance(group: RolloutGroup) -> Tensor:
     """Root mean square of two branches' difference in latents from the fork on, over all pairs.
@@ -229,8 +232,14 @@ class Stages:
         fill = blocks - 1
         one = rolled * (steps + 1) - 1 + replays * (blocks * steps + fill)
         back = blocks * config.energy.grad_steps * _BACKWARD_PASSES + fill
+        least = _GPU_ROWS if self.ranks.device.type == "cuda" else 1
+
+        def cost(branches: int) -> float:
+            parts = batches(range(branches), config.policy.max_rows)
+            return back * sum(max(len(part), least) for part in parts)
+
         return leveled_shares(
-            config.routing.num_branches, back, [size * one for size in self._sizes]
+            config.routing.num_branches, cost, [size * one for size in self._sizes]
         )
 
     def _push(

@@ -60,9 +60,18 @@ def test_shares_cover_all_items_once_in_order_and_differ_by_at_most_one(n, size)
     [([0, 0], 1, [4, 4]), ([10, 4], 2, [3, 5]), ([100, 0, 0], 1, [0, 4, 4]), ([5], 3, [8])],
 )
 def test_leveled_shares_even_out_what_the_ranks_carry(loads, cost, counts):
-    parts = leveled_shares(8, cost, loads)
+    parts = leveled_shares(8, lambda k: k * cost, loads)
     assert [i for part in parts for i in part] == list(range(8))
     assert list(map(len, parts)) == counts
+
+
+def test_leveled_shares_fill_batches_of_which_a_part_costs_as_much():
+    def pairs(count):
+        return 2.0 * ((count + 1) // 2)
+
+    assert [len(part) for part in leveled_shares(8, float, [10.0, 7.5])] == [3, 5]
+    assert [len(part) for part in leveled_shares(8, pairs, [10.0, 7.5])] == [2, 6]
+    assert [len(part) for part in leveled_shares(4, pairs, [1.0] * 4)] == [1, 1, 1, 1]  # spread
 
 
 def test_a_negative_number_of_items_is_refused():
