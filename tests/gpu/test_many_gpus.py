@@ -227,7 +227,7 @@ def repeat_bits() -> None:
     Must come before a process's first matrix product.
     """
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True)
 
 
 def check_resumed(

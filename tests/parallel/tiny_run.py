@@ -236,13 +236,15 @@ def _whole_gradient(parameter: Tensor, axis: Axis) -> Tensor:
 
 def moments(policy: Policy) -> dict[str, Tensor]:
     """This rank's share of Adam's state, by the numbers of its parameters or of their parts."""
-    adam = policy.optimizer._inner.optimizer
-    held = [p for group in adam.param_groups for p in group["params"]]
-    return {
-        f"{number}/{key}": adam.state[p][key].clone().cpu()
-        for number, p in enumerate(held)
-        for key in ("exp_avg", "exp_avg_sq", "step")
-    }
+    adam, found = policy.optimizer._inner.optimizer, {}
+    held = [(p, group) for group in adam.param_groups for p in group["params"]]
+    for number, (p, group) in enumerate(held):
+        state = adam.state[p]
+        step = state["step"] if "step" in state else group["step"]  # fused ones count for a group
+        for key, value in (("exp_avg", state["exp_avg"]), ("exp_avg_sq", state["exp_avg_sq"]),
+                           ("step", torch.as_tensor(step, dtype=torch.float32))):  # fmt: skip
+            found[f"{number}/{key}"] = value.clone().cpu()
+    return found
 
 
 def differences(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
