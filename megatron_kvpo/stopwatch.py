@@ -1,10 +1,11 @@
-"""Where the time of an update goes: seconds and floating-point operations of named stages.
+"""Where the time of an update goes: seconds and operations of named stages, and when each ran.
 
 Nothing is measured, and nothing waits for a GPU, unless a Stopwatch is running.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,18 @@ class Stage:
     """Forward passes of the transformer x rows."""
 
 
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that went on, in seconds since the stopwatch began."""
+
+    lane: str
+    """Who did it: "run" is the process that measures."""
+
+    name: str
+    start_s: float
+    stop_s: float
+
+
 @dataclass(slots=True)
 class Stopwatch:
     """Measures while its `with` block runs; only one runs at a time.
@@ -37,21 +50,29 @@ class Stopwatch:
     """
 
     stages: dict[str, Stage] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+    """Those of the lane "run" follow each other without a gap; see `note_span` for others."""
+
     _inside: list[str] = field(default_factory=list)
+    _began: float = 0.0
     _since: float = 0.0
+    _last: int = -1
+    """Where the last span of the run stands."""
 
     def __enter__(self) -> Stopwatch:
         global _running
         if _running is not None:
             raise ValueError("a stopwatch is running already: end it first")
-        _running = self
         self._enter("other")
+        self._began = self._since
+        _running = self
         return self
 
     def __exit__(self, *error: object) -> None:
         global _running
         self._leave()
-        _running = None
+        with _lock:
+            _running = None
 
     @property
     def seconds(self) -> float:
@@ -73,10 +94,25 @@ class Stopwatch:
         now = time.perf_counter()
         if self._inside:
             self.stages[self._inside[-1]].seconds += now - self._since
+            self._go_on(self._inside[-1], self._since - self._began, now - self._began)
         self._since = now
+
+    def _go_on(self, name: str, start_s: float, stop_s: float) -> None:
+        """The run's next span, or more of its last one."""
+        if stop_s <= start_s:
+            return
+        with _lock:
+            if self._last >= 0 and self.spans[self._last].name == name:
+                start_s = self.spans[self._last].start_s
+                self.spans[self._last] = Span("run", name, start_s, stop_s)
+            else:
+                self._last = len(self.spans)
+                self.spans.append(Span("run", name, start_s, stop_s))
 
 
 _running: Stopwatch | None = None
+_lock = threading.Lock()
+"""Of the spans, and of who may still add some."""
 
 
 @contextmanager
@@ -104,3 +140,15 @@ def count(flops: float, passes: int) -> None:
         current = _running.stages[_running._inside[-1]]
         current.flops += flops
         current.passes += passes
+
+
+def note_span(lane: str, name: str, start: float, stop: float) -> None:
+    """Add what went on elsewhere, in seconds of time.perf_counter(). Any thread may call it.
+
+    Only what went on while somebody measured is kept.
+    """
+    with _lock:
+        watch = _running
+        if watch is not None and stop > max(start, watch._began):
+            start_s = max(start, watch._began) - watch._began
+            watch.spans.append(Span(lane, name, start_s, stop - watch._began))

@@ -6,6 +6,10 @@
 
 Real updates of the real loop run on random weights unless the recipe names some. Rewards are drawn,
 unless --score asks for the recipe's own. Writes the JSON, a Markdown table and a plot beside it.
+
+With --score and reward.service.spawn=true or reward.service.urls the plot shows when each server
+scored beside what the run did, and the table how much longer the update is than its longer half:
+the run's own work, or the scoring. These are of the last update and of the first rank.
 """
 
 from __future__ import annotations
@@ -32,10 +36,11 @@ from megatron_kvpo.parallel.seeds import generator
 from megatron_kvpo.records import RewardTable, RolloutGroup
 from megatron_kvpo.reward.composite import ScoredGroup, Scorer
 from megatron_kvpo.routing import draw_plan, legal_forks
-from megatron_kvpo.stopwatch import Stopwatch
+from megatron_kvpo.stopwatch import Span, Stopwatch
 from megatron_kvpo.train import train_step
 from megatron_kvpo.training.metrics import Metrics
 from megatron_kvpo.training.run import Run
+from megatron_kvpo.training.stages import AWAITING
 from tools import benchmark_report, provenance
 
 logger = log.get_logger("megatron_kvpo.tools.benchmark")
@@ -194,7 +199,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 def record(
     run: Run, options: argparse.Namespace, watches: Sequence[Stopwatch], ceiling: float
 ) -> dict[str, Any]:
-    """What is written: each stage's seconds, work and share of the ceiling."""
+    """What is written: each stage's seconds, work and share of the ceiling, and when it ran."""
     stages = {}
     for name in watches[0].stages:
         seconds = [watch.stages[name].seconds for watch in watches]
@@ -211,6 +216,7 @@ def record(
         "warmup": options.warmup,
         "update": whole,
         "stages": stages,
+        **timeline(watches[-1].spans),
         **_memory(run.ranks),
         "config": settings.to_mapping(run.config),
     }
@@ -224,6 +230,43 @@ def _summary(seconds: Sequence[float], flops: float, passes: int, ceiling: float
         "repeats": len(ordered), "min_s": ordered[0], "median_s": median, "max_s": ordered[-1],
         "tflop": flops / 1e12, "passes": passes, "tflops": rate, "share": rate / ceiling,
     }  # fmt: skip
+
+
+def timeline(spans: Sequence[Span]) -> dict[str, Any]:
+    """When each lane did what and, if others scored, how much of it went on beside the run.
+
+    of_the_longer: seconds of the update over those of its longer half, which are the run without
+    its waits for scores, and the busiest scorer. 1 is all that overlapping can reach.
+    """
+    lanes: dict[str, list[Span]] = {"run": []}
+    for span in sorted(spans, key=lambda span: span.start_s):
+        lanes.setdefault(span.lane, []).append(span)
+    rows = {
+        lane: [[s.name, *_ends(s)] for s in own if _ends(s)[0] < _ends(s)[1]]
+        for lane, own in lanes.items()
+    }
+    found: dict[str, Any] = {"timeline": {"lanes": rows}}
+    run = lanes.pop("run")
+    if lanes:
+        update_s = busy_seconds(run)
+        run_s = update_s - busy_seconds([span for span in run if span.name == AWAITING])
+        scoring_s = max(busy_seconds(own) for own in lanes.values())
+        found["overlap"] = {"run_s": run_s, "scoring_s": scoring_s, "update_s": update_s,
+                            "of_the_longer": update_s / max(run_s, scoring_s)}  # fmt: skip
+    return found
+
+
+def _ends(span: Span) -> tuple[float, float]:
+    return round(span.start_s, 4), round(span.stop_s, 4)
+
+
+def busy_seconds(spans: Sequence[Span]) -> float:
+    """Seconds in which any of these went on."""
+    total, until_s = 0.0, 0.0
+    for span in sorted(spans, key=lambda span: span.start_s):
+        total += max(0.0, span.stop_s - max(span.start_s, until_s))
+        until_s = max(until_s, span.stop_s)
+    return total
 
 
 def _memory(ranks: Ranks) -> dict[str, float]:

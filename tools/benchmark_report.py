@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
 from tools import provenance
 
 _COLOURS = ("#2f6fdb", "#e07b39", "#3c9d6b", "#b04ea5", "#8a8d93", "#d4b106", "#4bb3c1", "#c0392b",
-            "#7f6df2")  # fmt: skip
+            "#7f6df2", "#8d6e3f", "#e58fb0", "#a3b86c")  # fmt: skip
+_SCORING = "#222c3a"
 
 
 def write(found: dict[str, Any], path: Path) -> None:
@@ -50,7 +54,19 @@ def stage_table(found: dict[str, Any]) -> str:
         work = f"{part['tflop']:.4g}" if part["tflop"] else ""
         span = f"{part['median_s']:.3g} ({part['min_s']:.3g} to {part['max_s']:.3g})"
         lines.append(f"| {name} | {span} | {part['passes'] or ''} | {work} | {rate} |")
+    if "overlap" in found:
+        lines += ["", overlap_line(found["overlap"])]
     return top + "\n".join(lines) + "\n"
+
+
+def overlap_line(found: dict[str, float]) -> str:
+    """What scoring elsewhere cost the update."""
+    whole, run, scoring = (found[f"{name}_s"] for name in ("update", "run", "scoring"))
+    return (
+        f"Scoring: busy {scoring:.3g} s of the update's {whole:.3g} s, of which the run waited "
+        f"{whole - run:.3g} s: the update is {found['of_the_longer']:.3f} times the longer half "
+        f"(run {run:.3g} s, scoring {scoring:.3g} s)."
+    )
 
 
 def scaling_table(found: dict[str, Any]) -> str:
@@ -91,20 +107,58 @@ def head(found: dict[str, Any]) -> str:
 
 
 def stage_figure(found: dict[str, Any]) -> Figure:
-    """One bar: the update, cut into its stages."""
-    figure = Figure(figsize=(9, 2.2), dpi=110, layout="constrained")
-    axes, left = figure.subplots(), 0.0
+    """One bar: the update, cut into its stages. If others scored: below it, who did what when."""
+    lanes = found.get("timeline", {}).get("lanes", {})
+    if len(lanes) < 2:
+        figure = Figure(figsize=(9, 2.2), dpi=110, layout="constrained")
+        bar = figure.subplots()
+    else:
+        heights = (1.5, 0.9 + 0.4 * len(lanes))
+        figure = Figure(figsize=(9, 0.7 + sum(heights)), dpi=110, layout="constrained")
+        bar, below = figure.subplots(2, height_ratios=heights)
+        lane_rows(below, found, lanes)
+    names = stage_bar(bar, found)
+    figure.draw_without_rendering()  # lays out
+    for patch, name in names:
+        if name.get_window_extent().width > patch.get_window_extent().width - 4:
+            name.remove()
+    return figure
+
+
+def stage_bar(axes: Axes, found: dict[str, Any]) -> list[tuple[Rectangle, Text]]:
+    """The stages one behind the other, as long as their median; the parts that bear their name."""
+    left, names = 0.0, []
     parts = [(n, p["median_s"]) for n, p in found["stages"].items()]
     total = sum(seconds for _, seconds in parts)
     for (name, seconds), colour in zip(parts, _COLOURS, strict=False):
-        axes.barh([0], [seconds], left=left, color=colour, label=f"{name} {seconds:.3g} s")
+        (patch,) = axes.barh([0], [seconds], left=left, color=colour,
+                             label=f"{name} {seconds:.3g} s")  # fmt: skip
         if seconds > 0.06 * total:
-            axes.text(left + seconds / 2, 0, name, ha="center", va="center", color="white")
+            text = axes.text(left + seconds / 2, 0, name, ha="center", va="center", color="white")
+            names.append((patch, text))
         left += seconds
     axes.set(yticks=[], xlabel=f"seconds of an update ({found['name']})", xlim=(0, total))
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.legend(ncols=5, frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return figure
+    return names
+
+
+def lane_rows(axes: Axes, found: dict[str, Any], lanes: dict[str, list[Any]]) -> None:
+    """A row a lane, the run's on top: its spans in the colours of `stage_bar`."""
+    colours = dict(zip(found["stages"], _COLOURS, strict=False))
+    for row, (lane, spans) in enumerate(lanes.items()):
+        bars = [(start, stop - start) for _, start, stop in spans]
+        faces = [_SCORING if lane != "run" else colours.get(name, "#000000") for name, *_ in spans]
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=faces)
+    overlap = found["overlap"]
+    axes.set(
+        yticks=range(len(lanes)), ylim=(len(lanes) - 0.5, -0.5), xlim=(0, overlap["update_s"]),
+        yticklabels=[lane.replace("http://", "").replace(" ", "\n", 1) for lane in lanes],
+        xlabel=f"seconds since the update began: {overlap['of_the_longer']:.3f} times the longer "
+               f"of run ({overlap['run_s']:.3g} s) and scoring ({overlap['scoring_s']:.3g} s)",
+    )  # fmt: skip
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0, labelsize=8)
 
 
 def scaling_figure(found: dict[str, Any]) -> Figure:

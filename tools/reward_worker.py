@@ -24,13 +24,22 @@ class ScoreError(RuntimeError):
     """A reward failed, or scored what is no number. The text may be sent to who asked."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """What a request gets."""
+
+    score_KB: Tensor
+    seconds: float
+    """That its batch was scored in."""
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Job:
     """One request."""
 
     clips: Sequence[Clip]
     components: tuple[str, ...]
-    answer: asyncio.Future[Tensor]
+    answer: asyncio.Future[Scored]
 
 
 class Worker:
@@ -60,14 +69,14 @@ class Worker:
                 await task
             self._thread.shutdown(wait=False)
 
-    async def score(self, clips: Sequence[Clip], components: Sequence[str]) -> Tensor:
-        """Float32 [K, B] on the CPU, a row for each of `components`.
+    async def score(self, clips: Sequence[Clip], components: Sequence[str]) -> Scored:
+        """Scores, float32 [K, B] on the CPU, a row for each of `components`.
 
         Raises:
             ValueError: a reward refuses one of these clips.
             ScoreError: a reward fails, or a score is not finite.
         """
-        answer: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Job(clips=clips, components=tuple(components), answer=answer))
         self._arrived.set()
         return await answer  # cancelled with who waits for it
@@ -100,9 +109,9 @@ class Worker:
         (found,) = await asyncio.gather(scoring, return_exceptions=True)
         del scoring
         if isinstance(found, list):
-            for job, score_KB in zip(batch, found, strict=True):
+            for job, scored in zip(batch, found, strict=True):
                 if not job.answer.done():
-                    _settle(job, score_KB)
+                    _settle(job, scored)
         elif len(batch) > 1:
             logger.info("a batch of %d requests failed (%s): they are tried one by one",
                         len(batch), type(found).__name__)  # fmt: skip
@@ -113,8 +122,8 @@ class Worker:
             batch[0].answer.set_exception(_fault(batch[0], found))
 
     @torch.no_grad()
-    def _score(self, batch: list[_Job]) -> list[Tensor]:
-        """Scores [K, B] of each request; each reward is called once, or not if nobody asks it."""
+    def _score(self, batch: list[_Job]) -> list[Scored]:
+        """Scores of each request; each reward is called once, or not if nobody asks it."""
         started = time.monotonic()
         rows: list[dict[str, Tensor]] = [{} for _ in batch]
         for reward in self._rewards:
@@ -126,10 +135,11 @@ class Worker:
             parts = torch.split(score_KB, [len(batch[i].clips) for i in asked], dim=1)
             for i, part in zip(asked, parts, strict=True):
                 rows[i].update(zip(reward.components, part, strict=True))
-        self.seconds += time.monotonic() - started
+        seconds = time.monotonic() - started
+        self.seconds += seconds
         self.scored += sum(len(job.clips) for job in batch)
         return [
-            torch.stack([row[name] for name in job.components])
+            Scored(torch.stack([row[name] for name in job.components]), seconds)
             for job, row in zip(batch, rows, strict=True)
         ]
 
@@ -145,10 +155,11 @@ class Worker:
         return score_KB
 
 
-def _settle(job: _Job, score_KB: Tensor) -> None:
+def _settle(job: _Job, scored: Scored) -> None:
+    score_KB = scored.score_KB
     bad = (~score_KB.isfinite()).nonzero()
     if not len(bad):
-        job.answer.set_result(score_KB)
+        job.answer.set_result(scored)
         return
     k, b = bad[0].tolist()
     job.answer.set_exception(ScoreError(

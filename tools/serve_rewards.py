@@ -6,7 +6,8 @@
 Serves the rewards of a recipe, trained and held-out ones, or those of --components. POST /score
 takes clips as application/safetensors (megatron_kvpo/reward/wire.py) or one video/mp4 with its
 spans as JSON in X-Clip-Spans, and answers {"components": [K], "scores": [K][B]}; X-Components: a,b
-asks for some only. GET /health says what is served. If the environment has
+asks for some only; Server-Timing: score;dur=MS says how long scoring took, with all requests that
+were scored together. GET /health says what is served. If the environment has
 MEGATRON_KVPO_REWARD_TOKEN, requests must bring it: Authorization: Bearer TOKEN; an address that
 other machines reach is served with a token only. SIGTERM answers what waits and ends with 0.
 """
@@ -125,13 +126,15 @@ class Service:
                 body = await self._read(request)
                 clips = await asyncio.to_thread(self._decode, kind, body, request)
                 del body
-                score_KB = await self._worker.score(clips, components)
+                scored = await self._worker.score(clips, components)
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
         except ScoreError as error:
             raise HTTPException(500, str(error)) from None
-        answer = {"components": components, "scores": score_KB.double().tolist()}
-        return Response(json.dumps(answer, allow_nan=False), media_type="application/json")
+        answer = {"components": components, "scores": scored.score_KB.double().tolist()}
+        took = {"Server-Timing": f"score;dur={1000 * scored.seconds:.3f}"}
+        return Response(json.dumps(answer, allow_nan=False), headers=took,
+                        media_type="application/json")  # fmt: skip
 
     def _authorise(self, request: Request) -> None:
         if self._token is None:

@@ -7,12 +7,13 @@ and longer waits, and the run goes on when it does; one that refuses ends the ru
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_kvpo.reward import wire
 from megatron_kvpo.reward.composite import Answer
 from megatron_kvpo.reward.spawn import TOKEN_VARIABLE, SpawnedServer
 from megatron_kvpo.reward_config import ServiceConfig
+from megatron_kvpo.stopwatch import note_span
 
 logger = log.get_logger(__name__)
 
@@ -35,11 +37,11 @@ _FIRST_WAIT_S, _LAST_WAIT_S = 0.5, 30.0
 _SAY_EVERY_S = 60.0
 _CONNECT_S = 10.0
 _IDLE_S = 30.0  # shorter than the server keeps a connection
-_THREADS = 4
-_PIECE = 2**20
+_THREADS, _PIECE = 4, 2**20
 _MAX_BODY = 2**29  # more clips than this go as several requests, at the same time
 _TEXTS = 2**16  # bytes that a clip's texts may take, for the count
 _UNANSWERED = {408, 429, 502, 503, 504}
+_TIMING = re.compile(r"(?:^|,)\s*score\s*;\s*dur=([0-9]{1,9}(?:\.[0-9]+)?)\s*(?:[;,]|$)")
 
 
 class _UnansweredError(Exception):
@@ -98,7 +100,11 @@ class _Line:
         pieces = (body[i : i + _PIECE] for i in range(0, len(body), _PIECE))
         headers = {"Content-Type": wire.MEDIA_TYPE, "Content-Length": str(len(body)),
                    "X-Components": ",".join(components)}  # fmt: skip
-        said = self._json(self._ask("POST", "/score", content=pieces, headers=headers))
+        response = self._ask("POST", "/score", content=pieces, headers=headers)
+        arrived = time.perf_counter()
+        if took := _TIMING.search(response.headers.get("Server-Timing", "")):
+            note_span(f"scorer {self.name}", "score", arrived - float(took[1]) / 1000, arrived)
+        said = self._json(response)
         if said.get("components") != list(components):
             raise _UnansweredError(f"it scored {str(said.get('components'))[:200]}, asked for "
                                    f"{list(components)}")  # fmt: skip
@@ -154,12 +160,11 @@ def _is_row(row: Any, num_clips: int) -> bool:
 
 def _words(response: httpx.Response) -> str:
     """What an error's body says."""
-    try:
+    with suppress(ValueError):
         said = response.json()
-    except ValueError:
-        said = None
-    detail = said.get("detail") if isinstance(said, dict) else None
-    return str(detail if detail is not None else response.text)[:1000]
+        if isinstance(said, dict) and said.get("detail") is not None:
+            return str(said["detail"])[:1000]
+    return response.text[:1000]
 
 
 class _Outage:
@@ -249,11 +254,9 @@ class RemoteReward:
         for clip in clips:
             own = clip.frames_FCHW.numel() * width
             if own > self._offer.max_bytes:
-                raise ValueError(
-                    f"a clip takes {own} bytes and scorer {self._line.name} reads "
-                    f"{self._offer.max_bytes}: start it with --max-bytes {2 * own}, or set "
-                    "reward.service.frames to uint8"
-                )
+                raise ValueError(f"a clip takes {own} bytes and scorer {self._line.name} reads "
+                                 f"{self._offer.max_bytes}: start it with --max-bytes {2 * own}, "
+                                 "or set reward.service.frames to uint8")  # fmt: skip
             if part and (len(part) == self._offer.max_clips or size + own + _TEXTS > most):
                 yield part
                 part, size = [], 0
@@ -368,13 +371,9 @@ def connect(
 
 
 def _shared(names: Sequence[str], offered: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """Which of `names` each server scores."""
-    taken: set[str] = set()
-    shares = []
-    for components in offered:
-        shares.append(tuple(n for n in names if n in components and n not in taken))
-        taken.update(shares[-1])
-    return shares
+    """Which of `names` each server scores: those that none before it offers."""
+    first = {name: i for i, offer in reversed([*enumerate(offered)]) for name in offer}
+    return [tuple(n for n in names if first.get(n) == i) for i in range(len(offered))]
 
 
 def _first_offer(line: _Line, deadline: float, limit_s: float) -> _Offer:

@@ -30,6 +30,9 @@ from megatron_kvpo.routing import diversity, draw_plan, route_entropy
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.policy import Policy
 
+AWAITING = "await scores"
+"""The stage in which a run waits for judges elsewhere."""
+
 _BACKWARD_PASSES = 3.5
 """What a pass with its backward costs, in passes without: as measured, docs/benchmarks."""
 
@@ -123,6 +126,7 @@ class Stages:
                 sampled.sent or self.scorer.send_group(self._own_group(sampled.group))
                 for sampled in groups
             ]
+        with stage(AWAITING):
             tables = [part.collect() for part in sent]
         return [
             RewardTable(

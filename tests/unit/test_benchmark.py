@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 
+from megatron_kvpo.stopwatch import Span
 from tests import quiet
 from tools import benchmark, benchmark_report
 
@@ -38,12 +42,15 @@ def test_an_update_is_cut_into_its_stages(tmp_path):
     assert whole["tflop"] == pytest.approx(sum(part["tflop"] for part in stages.values()))
     assert 0 < whole["share"] < 1.5
     assert found["fork"] == 15
+    assert found["timeline"]["lanes"].keys() == {"run"}
+    assert "overlap" not in found
     assert not (Path("runs") / "demo" / "metrics.jsonl.tmp").exists()
     table = out.with_suffix(".md").read_text()
     assert f"| branches | {stages['branches']['median_s']:.3g} " in table
     assert out.with_suffix(".png").stat().st_size > 5000
 
     assert "kernels were compiled" not in table
+    assert "Scoring: busy" not in table
 
     stale = [*arguments, "--fork", "15", "--warm-fork", "18", "--stale", "--updates", "1",
              "--warmup", "0"]  # fmt: skip
@@ -78,3 +85,110 @@ def test_scaling_is_a_share_of_what_ideal_ranks_would_do():
         )
     ]  # fmt: skip
     assert benchmark_report.efficiencies({"runs": runs}) == [1.0, 0.8, 1.0, 0.8]
+
+
+SPANS = [
+    Span("scorer http://a:1", "score", 0.0, 1.0),  # noted before the run's first
+    Span("run", "prefix", 0.0, 4.0), Span("scorer http://a:1", "score", 3.0, 5.0),
+    Span("scorer http://a:1", "score", 3.5, 4.5), Span("scorer http://b:2", "score", 4.0, 9.0),
+    Span("run", "await scores", 4.0, 7.0), Span("run", "other", 7.0, 7.00004),
+    Span("scorer http://a:1", "score", 4.5, 6.0), Span("run", "await scores", 7.00004, 8.0),
+    Span("run", "backward", 8.0, 10.0),
+]  # fmt: skip
+
+
+def test_seconds_that_overlap_count_once():
+    ends = [(4, 7), (1, 6), (2, 3), (8, 9), (8, 9)]
+    assert benchmark.busy_seconds([Span("", "", *both) for both in ends]) == 7
+    assert benchmark.busy_seconds([]) == 0
+
+
+def test_an_update_is_compared_with_its_longer_half():
+    found = benchmark.timeline(SPANS)
+    assert list(found["timeline"]["lanes"]) == ["run", "scorer http://a:1", "scorer http://b:2"]
+    assert found["timeline"]["lanes"]["run"] == [
+        ["prefix", 0.0, 4.0], ["await scores", 4.0, 7.0], ["await scores", 7.0, 8.0],
+        ["backward", 8.0, 10.0],
+    ]  # fmt: skip
+    overlap = found["overlap"]
+    assert overlap == pytest.approx(
+        {"run_s": 6.00004, "scoring_s": 5.0, "update_s": 10.0, "of_the_longer": 10 / 6.00004}
+    )
+    assert benchmark_report.overlap_line(overlap) == (
+        "Scoring: busy 5 s of the update's 10 s, of which the run waited 4 s: the update is 1.667 "
+        "times the longer half (run 6 s, scoring 5 s)."
+    )
+    alone = benchmark.timeline([span for span in SPANS if span.lane == "run"])
+    assert alone == {"timeline": {"lanes": {"run": found["timeline"]["lanes"]["run"]}}}
+    slow = benchmark.timeline([*SPANS, Span("scorer http://b:2", "score", 1.0, 9.0)])["overlap"]
+    assert (slow["scoring_s"], slow["of_the_longer"]) == (8.0, 1.25)
+
+
+def stages_of(*seconds: float) -> dict[str, dict[str, float]]:
+    names = ("other", "prefix", "recache", "branches", "reward", "decode", "replay",
+             "await scores", "backward", "step")  # fmt: skip
+    return {name: {"median_s": s} for name, s in zip(names, seconds, strict=True)}
+
+
+def test_lanes_are_drawn_below_the_bar_in_its_colours():
+    found = {"name": "x", "stages": stages_of(*[1.0] * 10), **benchmark.timeline(SPANS)}
+    bar, below = benchmark_report.stage_figure(found).axes
+    colours = dict(zip(found["stages"], (p.get_facecolor() for p in bar.patches), strict=True))
+    run, *scorers = (lane.get_facecolor().tolist() for lane in below.collections)
+    wanted = [colours[name] for name in ("prefix", "await scores", "await scores", "backward")]
+    assert run == [list(colour) for colour in wanted]
+    dark = to_rgba(benchmark_report._SCORING)
+    assert scorers == [[list(dark)] * 4, [list(dark)]]
+    assert len({*colours.values(), dark}) == 11
+    (path,) = below.collections[2].get_paths()
+    assert path.get_extents().bounds == pytest.approx((4.0, 1.6, 5.0, 0.8))
+    assert below.get_ylim() == (2.5, -0.5)  # the run on top
+    lanes = found["timeline"]["lanes"]
+    del lanes["scorer http://a:1"], lanes["scorer http://b:2"]
+    assert len(benchmark_report.stage_figure(found).axes) == 1
+
+
+@pytest.mark.parametrize("seconds", [
+    (0.5, 14, 8, 33, 2.2, 7, 40, 11.5, 18, 0.4), [1.0] * 10, (0, 7, 7, 7, 7, 7, 7, 7, 51, 0),
+])  # fmt: skip
+def test_labels_do_not_overlap(seconds):
+    spans = [*SPANS, Span("scorer http://scorer-one.cluster.local:8100", "score", 1.0, 2.0)]
+    found = {"name": "x", "stages": stages_of(*seconds), **benchmark.timeline(spans)}
+    figure = benchmark_report.stage_figure(found)
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    assert {"run", "scorer\na:1", "backward"} <= {text.get_text() for text in texts}
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts]
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not a.overlaps(b), f"{one!r} and {other!r}"
+    bar = figure.axes[0]
+    for text in bar.texts:
+        (own,) = (p for p in bar.patches if p.contains_point(bar.transData.transform(
+            text.get_position())))  # fmt: skip
+        assert own.get_window_extent().width > text.get_window_extent().width
+
+
+def test_scoring_elsewhere_goes_on_while_the_run_works(tmp_path):
+    out = tmp_path / "served.json"
+    more = ("policy.groups_per_update=2", "reward.service.spawn=true", "--score", "--fork", "15")
+    arguments = [str(RECIPE), *SMALL, *more, "--updates", "1", "--warmup", "0"]
+    assert benchmark.main([*arguments, "--output", str(out)]) == 0
+    found = json.loads(out.read_text())
+    lanes, overlap = found["timeline"]["lanes"], found["overlap"]
+    run = lanes.pop("run")
+    ((lane, scored),) = lanes.items()
+    assert lane.startswith("scorer http://127.0.0.1:")
+    assert len(scored) == 2  # a request a group
+    assert all(0 < start < stop < overlap["update_s"] for _, start, stop in scored)
+    waits = [stop - start for name, start, stop in run if name == "await scores"]
+    (replay, *_) = (start for name, start, _ in run if name == "replay")
+    sent = min(start for name, start, _ in run if name == "reward")
+    assert sent < scored[0][1] < replay  # while the second group rolled out
+    assert overlap["update_s"] == pytest.approx(found["update"]["median_s"])
+    assert overlap["run_s"] == pytest.approx(overlap["update_s"] - sum(waits), abs=1e-3)
+    assert overlap["scoring_s"] == pytest.approx(
+        benchmark.busy_seconds([Span(lane, *span) for span in scored]), abs=1e-3
+    )
+    longer = max(overlap["run_s"], overlap["scoring_s"])
+    assert overlap["of_the_longer"] == pytest.approx(overlap["update_s"] / longer)
+    assert benchmark_report.overlap_line(overlap) in out.with_suffix(".md").read_text()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import av
@@ -226,6 +228,36 @@ def test_requests_that_wait_are_scored_in_one_call_up_to_max_clips():
     assert reward.calls == [1, 1 + 2 + 3, 4, 5]
     for clips, answer in zip(requests, answers, strict=True):
         assert answer.json()["scores"] == Noting().score(clips).double().tolist()
+
+
+class Slow(Noting):
+    """Takes 20 ms a clip."""
+
+    def score(self, clips):
+        time.sleep(0.02 * len(clips))
+        return super().score(clips)
+
+
+def milliseconds(answer: httpx.Response) -> float:
+    return float(re.fullmatch(r"score;dur=(\d+\.\d{3})", answer.headers["Server-Timing"])[1])
+
+
+def test_an_answer_says_how_long_its_batch_was_scored(tmp_path):
+    reward = Slow(("first",))
+    headers = {"Content-Type": "video/mp4", "X-Clip-Spans": SPANS}
+    with serving(reward, wait_s=0.1) as url:
+        alone = milliseconds(post(url, [clip_of(0.5)] * 2))
+        body = video_bytes(tmp_path / "a.mp4")
+        video = milliseconds(httpx.post(f"{url}/score", content=body, headers=headers))
+        scored = httpx.get(f"{url}/health").json()["seconds"]
+        reward.entered.clear()
+        answers = together(reward, url, [[clip_of(0.5)], [clip_of(0.25)] * 3])
+    assert alone >= 40
+    assert video >= 20
+    assert alone + video == pytest.approx(1000 * scored, abs=1)  # and not what they waited for
+    assert reward.calls == [2, 1, 1, 4]
+    first, second = map(milliseconds, answers)
+    assert first == second >= 80
 
 
 def test_one_bad_clip_fails_its_own_request_only(caplog):

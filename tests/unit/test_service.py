@@ -18,6 +18,7 @@ from megatron_kvpo.reward import service
 from megatron_kvpo.reward.service import RemoteReward, connect
 from megatron_kvpo.reward.spawn import TOKEN_VARIABLE
 from megatron_kvpo.reward_config import ServiceConfig
+from megatron_kvpo.stopwatch import Span, Stopwatch
 from tests.quiet import quiet_afterwards
 from tests.unit.fake_scorer import Noting, clip_of, free_port, serving, until
 from tools.serve_rewards import Limits
@@ -69,9 +70,11 @@ def scripted(*answers, health=HEALTH) -> Iterator[tuple[str, list[float]]]:
             else:
                 self.say(*answer)
 
-        def say(self, status, said):
+        def say(self, status, said, timing=None):
             body = said if isinstance(said, bytes) else json.dumps(said).encode()
             self.send_response(status)
+            if timing is not None:
+                self.send_header("Server-Timing", timing)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -186,6 +189,37 @@ def test_two_clients_at_once_each_get_their_own():
             assert torch.equal(result(), SCORES[:, i : i + 2])
         for remote in remotes:
             remote.close()
+
+
+def timed(timing: str | None) -> tuple[list[Span], str]:
+    """Spans besides the run's own of one request, 50 ms after measuring began; the server's url."""
+    with scripted((*good(), timing)) as (url, _):
+        remote = one(url)
+        with Stopwatch() as watch:
+            time.sleep(0.05)
+            assert remote.submit([clip_of(0.5)])().tolist() == [[0.5], [1.0]]
+        remote.close()
+    spans = [span for span in watch.spans if span.lane != "run"]
+    assert all(0.05 < span.stop_s < watch.seconds for span in spans)
+    return spans, url
+
+
+@pytest.mark.parametrize("timing", [
+    "score;dur=40", "score; dur=40.0", "db;dur=3, score;dur=40;desc=x", "score;dur=40,total;dur=9",
+])  # fmt: skip
+def test_when_a_server_scored_is_noted_if_it_says_how_long(timing):
+    (span,), url = timed(timing)
+    assert (span.lane, span.name) == (f"scorer {url}", "score")
+    assert span.stop_s - span.start_s == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize("timing", [
+    None, "", "nonsense", "score", "score;dur", "score;dur=", "score;dur=ten", "score;dur=-5",
+    "score;dur=nan", "score;dur=1e9", "score;dur=5ms", "score;dur=" + 400 * "9", "other;dur=5",
+    "underscore;dur=5", "score;desc=dur", "\xb2;score=5",
+])  # fmt: skip
+def test_a_server_that_says_no_time_or_nonsense_is_as_good(timing):
+    assert timed(timing)[0] == []
 
 
 BROKEN = {

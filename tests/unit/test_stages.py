@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_kvpo.parallel.groups import Axis
 from megatron_kvpo.records import RewardTable
 from megatron_kvpo.rollout.replay import replay
 from megatron_kvpo.routing import draw_plan
+from megatron_kvpo.stopwatch import Stopwatch
 from megatron_kvpo.training import stages as stages_module
 from megatron_kvpo.training.stages import Stages
 from tests.unit import small
@@ -242,6 +244,21 @@ def test_energies_are_of_branches_and_anchors_apart(ranks):
     assert torch.equal(again[0], energy_PG)
     for sampled in groups:
         sampled.release()
+
+
+def test_waiting_for_scores_is_charged_apart_from_scoring_here(ranks):
+    tiny, seen = small.build(ranks), []
+
+    def send(group):
+        seen.append(("send", watch._inside[-1]))
+        return SimpleNamespace(collect=lambda: seen.append(("collect", watch._inside[-1])) or table)
+
+    score = torch.zeros(1, 4)
+    table = RewardTable(components=("one",), weights=(1.0,), local_KN=score, global_KN=score)
+    tiny.stages.scorer = SimpleNamespace(send_group=send)
+    with Stopwatch() as watch:
+        tiny.stages.score([*tiny.stages.explore(0, send=True), *tiny.stages.explore(0)])
+    assert seen == [("send", "reward")] * 4 + [("collect", "await scores")] * 4
 
 
 def test_a_group_that_never_beats_its_anchor_is_scaled(ranks):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_kvpo import stopwatch
 from megatron_kvpo.config import ModelConfig
 from megatron_kvpo.model.flops import forward_flops, pass_flops
-from megatron_kvpo.stopwatch import Stopwatch, stage
+from megatron_kvpo.stopwatch import Span, Stopwatch, note_span, stage
 from tests.unit import small
 
 ranks = small.ranks
@@ -47,6 +50,81 @@ def test_nothing_is_kept_when_nobody_measures_and_two_do_not_measure_at_once():
             raise RuntimeError
     assert "alone" not in watch.stages
     assert not stopwatch.running()
+
+
+def run_of(watch: Stopwatch) -> list[Span]:
+    return [span for span in watch.spans if span.lane == "run"]
+
+
+def test_spans_of_nested_stages_follow_each_other_and_add_up_to_the_stages():
+    with Stopwatch() as watch:
+        time.sleep(0.002)
+        with stage("outer"):
+            time.sleep(0.002)
+            with stage("inner"), stage("inner"):  # one span
+                time.sleep(0.002)
+            time.sleep(0.002)
+    spans = watch.spans
+    assert [span.name for span in spans] == ["other", "outer", "inner", "outer", "other"]
+    assert spans[0].start_s == 0
+    assert all(a.stop_s == b.start_s for a, b in pairwise(spans))
+    for name, part in watch.stages.items():
+        own = [span.stop_s - span.start_s for span in spans if span.name == name]
+        assert sum(own) == pytest.approx(part.seconds)
+
+
+def test_what_goes_on_elsewhere_is_kept_from_the_start_to_the_end_of_measuring():
+    now = time.perf_counter
+    started = now()
+    note_span("elsewhere", "work", started, now())  # nobody measures
+    with Stopwatch() as watch:
+        note_span("elsewhere", "work", started, started + 1e-9)  # it was over
+        time.sleep(0.01)
+        note_span("elsewhere", "early", started - 5, now())
+        since = now()
+        time.sleep(0.01)
+        note_span("elsewhere", "work", since, now())
+        note_span("elsewhere", "work", since, since)
+        time.sleep(0.001)
+        ended = now()
+    note_span("elsewhere", "late", since, now())
+    early, work = (span for span in watch.spans if span.lane == "elsewhere")
+    assert (early.name, early.start_s, work.name) == ("early", 0, "work")
+    assert 0.01 <= early.stop_s <= work.start_s <= early.stop_s + 0.005
+    assert 0.01 <= work.stop_s - work.start_s < ended - since
+    (whole,) = run_of(watch)  # those of others between do not cut it
+    assert whole == Span("run", "other", 0, watch.seconds)
+
+
+@pytest.fixture
+def _turns_at_every_step():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-7)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_turns_at_every_step")
+def test_threads_may_note_spans_while_stages_come_and_go():
+    count, threads = 3000, 4
+
+    def note(lane: str) -> None:
+        for _ in range(count):
+            now = time.perf_counter()
+            note_span(lane, "outer", now, now + 1e-3)  # not to be taken for one of the run's
+
+    with Stopwatch() as watch:
+        others = [threading.Thread(target=note, args=(f"lane {n}",)) for n in range(threads)]
+        for thread in others:
+            thread.start()
+        while any(thread.is_alive() for thread in others):
+            with stage("outer"), stage("inner"):
+                pass
+    for n in range(threads):
+        assert sum(span.lane == f"lane {n}" for span in watch.spans) == count
+    spans = run_of(watch)
+    assert all(a.stop_s == b.start_s and a.name != b.name for a, b in pairwise(spans))
+    assert spans[-1].stop_s == pytest.approx(watch.seconds)
 
 
 def test_a_pass_of_the_released_size_costs_what_the_specification_counts():
