@@ -43,9 +43,7 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
     groups = stages.explore(update, send=True)
 
     # Replay: how likely does each policy, unrouted, find these branches?
-    current = stages.energies(update, groups, "current")
-    old = current if policy.is_synced(update) else stages.energies(update, groups, "old")
-    reference = run.reference(update, groups, current)
+    current, old, reference = run.energies(update, groups)
     if update == run.update:
         check_start(config.alarms, stages, update, groups, old, current)
 

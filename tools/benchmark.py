@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_kvpo import log, settings
 from megatron_kvpo.config import RunConfig, load_config
@@ -80,8 +81,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any] | None:
             warm = first
             if options.warm_fork is not None:
                 warm = first_update(config, options.warm_fork, options.stale, run, "--warm-fork")
-            watches = list(updates(run, config, (warm, first), options))
-            return record(run, options, watches[options.warmup :], ceiling) if run.first else None
+            watches = list(updates(run, config, (warm, first), options))[options.warmup :]
+            others = stages_of_ranks(run.ranks, watches)
+            if not run.first:
+                return None
+            return record(run, options, watches, ceiling) | others
         finally:
             run.finish(0.0)
             log.setup(run.first)  # the folder of run.log goes
@@ -220,6 +224,17 @@ def record(
         **_memory(run.ranks),
         "config": settings.to_mapping(run.config),
     }
+
+
+def stages_of_ranks(ranks: Ranks, watches: Sequence[Stopwatch]) -> dict[str, Any]:
+    """Median seconds of each stage on every rank, where there are several. Collective."""
+    own = {
+        name: sorted(watch.stages[name].seconds for watch in watches)[len(watches) // 2]
+        for name in watches[0].stages
+    }
+    found: list[dict[str, float] | None] = [None] * ranks.world
+    dist.all_gather_object(found, own)
+    return {"ranks": found} if ranks.world > 1 else {}
 
 
 def _summary(seconds: Sequence[float], flops: float, passes: int, ceiling: float) -> dict[str, Any]:

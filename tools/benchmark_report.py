@@ -54,9 +54,21 @@ def stage_table(found: dict[str, Any]) -> str:
         work = f"{part['tflop']:.4g}" if part["tflop"] else ""
         span = f"{part['median_s']:.3g} ({part['min_s']:.3g} to {part['max_s']:.3g})"
         lines.append(f"| {name} | {span} | {part['passes'] or ''} | {work} | {rate} |")
+    if "ranks" in found:
+        lines += ["", *ranks_table(found["ranks"])]
     if "overlap" in found:
         lines += ["", overlap_line(found["overlap"])]
     return top + "\n".join(lines) + "\n"
+
+
+def ranks_table(ranks: list[dict[str, float]]) -> list[str]:
+    """Seconds of each stage on every rank: "other" is mostly waiting for ranks that take longer."""
+    names = list(dict.fromkeys(name for rank in ranks for name in rank))
+    lines = [f"| rank | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for number, rank in enumerate(ranks):
+        cells = [f"{rank[name]:.3g}" if name in rank else "" for name in names]
+        lines.append(f"| {number} | {' | '.join(cells)} |")
+    return lines
 
 
 def overlap_line(found: dict[str, float]) -> str:

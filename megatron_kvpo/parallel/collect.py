@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,39 @@ def leveled_shares(
     return [range(a, b) for a, b in pairwise(starts)]
 
 
-@torch.no_grad()
+class Gathering:
+    """All ranks' rows of some tensors, on their way while this rank does something else."""
+
+    @torch.no_grad()
+    def __init__(self, tensors: Sequence[Tensor], axis: Axis, sizes: Sequence[int]) -> None:
+        """Send this rank's rows; see `gather_rows` for the arguments. Collective."""
+        for x in tensors:
+            if len(sizes) != axis.size or x.shape[0] != sizes[axis.rank]:
+                raise ValueError(
+                    f"rank {axis.rank} of {axis.size} holds {x.shape[0]} rows, sizes are "
+                    f"{list(sizes)}: give one size per rank, this rank's own among them"
+                )
+        self._sizes, self._own = sizes, [x.detach() for x in tensors]
+        self._waiting: list[tuple[Any, list[Tensor], Tensor]] = []
+        for x in self._own if axis.size > 1 else []:
+            padded = x.new_zeros((max(sizes), *x.shape[1:]))
+            padded[: x.shape[0]] = x
+            parts = [torch.empty_like(padded) for _ in sizes]
+            work = dist.all_gather(parts, padded, group=axis.group, async_op=True)
+            self._waiting.append((work, parts, padded))
+
+    @torch.no_grad()
+    def wait(self) -> list[Tensor]:
+        """[sum(sizes), ...] of each, in rank order, on every rank, detached."""
+        whole = []
+        for work, parts, _ in self._waiting:
+            work.wait()
+            whole.append(
+                torch.cat([part[:size] for part, size in zip(parts, self._sizes, strict=True)])
+            )
+        return whole or self._own
+
+
 def gather_rows(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
     """All ranks' rows of `x`, concatenated in rank order along dim 0.
 
@@ -70,19 +102,7 @@ def gather_rows(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
     Raises:
         ValueError: `sizes` does not fit the axis or this rank's `x`.
     """
-    if len(sizes) != axis.size or x.shape[0] != sizes[axis.rank]:
-        raise ValueError(
-            f"rank {axis.rank} of {axis.size} holds {x.shape[0]} rows, sizes are {list(sizes)}: "
-            "give one size per rank, this rank's own among them"
-        )
-    if axis.size == 1:
-        return x.detach()
-    longest = max(sizes)
-    padded = x.new_zeros((longest, *x.shape[1:]))
-    padded[: x.shape[0]] = x
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded, group=axis.group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return Gathering([x], axis, sizes).wait()[0]
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_kvpo.parallel.collect import Gathering
+from megatron_kvpo.parallel.groups import Axis
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan, Trajectory
 from megatron_kvpo.rollout.sampler import (
@@ -32,16 +35,54 @@ class Sent(Protocol):
         ...
 
 
+class WholeGroup:
+    """One group's sequences of all branch ranks. They travel once, when `start` or a call says."""
+
+    def __init__(self, own: RolloutGroup, axis: Axis, sizes: Sequence[int]) -> None:
+        self._own, self._axis, self._sizes = own, axis, sizes
+        self._gathering: Gathering | None = None
+        self._whole: RolloutGroup | None = None
+
+    def start(self) -> None:
+        """Send this rank's sequences, and wait for nothing. Collective."""
+        if self._gathering is None:
+            own, taken = self._own, self._own.trajectory
+            tensors = own.latent_NFCHW, taken.state_NPTFCHW, taken.velocity_NPTFCHW
+            self._gathering = Gathering(tensors, self._axis, self._sizes)
+
+    def __call__(self) -> RolloutGroup:
+        """All of them, in order. Collective, but for later calls."""
+        self.start()
+        if self._whole is None:
+            assert self._gathering is not None
+            latent, state, velocity = self._gathering.wait()
+            self._whole = dataclasses.replace(
+                self._own, latent_NFCHW=latent, sequences=tuple(range(len(latent))),
+                trajectory=Trajectory(state_NPTFCHW=state, velocity_NPTFCHW=velocity),
+            )  # fmt: skip
+        return self._whole
+
+
 @dataclass(frozen=True, slots=True)
 class SampledGroup:
     """A finished group and the pages of its prefix, which replays read. Release it after use."""
 
-    group: RolloutGroup
+    own: RolloutGroup
+    """The sequences that this rank has rolled out."""
+
     prefix: Stream
     """One row, standing at the fork, as the sampling policy left it."""
 
     sent: Sent | None = None
     """Its clips, if they are with the judges already."""
+
+    whole: WholeGroup | None = None
+    """If other branch ranks have sequences of it."""
+
+    @property
+    def group(self) -> RolloutGroup:
+        """All sequences. Collective over branch ranks, the first time."""
+        return self.own if self.whole is None else self.whole()
 
     def release(self) -> None:
         """Give the prefix's pages back."""

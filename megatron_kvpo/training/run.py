@@ -30,6 +30,7 @@ from megatron_kvpo.training.guard import Guard
 from megatron_kvpo.training.metrics import Metrics
 from megatron_kvpo.training.parts import build_codec, build_encoder, connect_judges
 from megatron_kvpo.training.policy import Policy
+from megatron_kvpo.training.replays import Ask
 from megatron_kvpo.training.report import write_report
 from megatron_kvpo.training.stages import Stages
 from megatron_kvpo.training.summary import EvaluationTable, summarise, to_json
@@ -107,17 +108,24 @@ class Run:
         """Whether the guard of the rewards has ended the run before its last update."""
         return self.guard.stops
 
-    def reference(
-        self, update: int, groups: Sequence[SampledGroup], current: Energies
-    ) -> Energies | None:
-        """The replay by the frozen initial policy; None when the loss does not use it."""
-        loss = self.config.loss
-        if loss.kl_coefficient == 0 and loss.drift_coefficient == 0:
-            return None
-        if update == 0:  # nothing has been trained yet: the same weights, no drift
-            return current
-        keep = loss.drift_coefficient > 0
-        return self.stages.energies(update, groups, "reference", keep=keep, anchor=False)
+    def energies(
+        self, update: int, groups: Sequence[SampledGroup]
+    ) -> tuple[Energies, Energies, Energies | None]:  # fmt: skip
+        """Replays by the current policy, by the one that sampled, and by the frozen initial one.
+
+        What equals another is not made again. The last is None where the loss has no use for it.
+        """
+        loss, asks = self.config.loss, [Ask(slot="current")]
+        sampled_by_current = self.policy.is_synced(update)
+        if not sampled_by_current:
+            asks.append(Ask(slot="old"))
+        wanted = loss.kl_coefficient > 0 or loss.drift_coefficient > 0
+        if wanted and update > 0:  # before anything is trained it is the current one
+            keep = loss.drift_coefficient > 0
+            asks.append(Ask(slot="reference", keep=keep, anchor=False, moves=True))
+        current, *others = self.stages.replays(update, groups, asks)
+        old = current if sampled_by_current else others.pop(0)
+        return current, old, (others.pop() if others else current) if wanted else None
 
     def evaluate(self, name: str, metrics: Metrics) -> None:
         """Evaluate `before` (the initial weights) or `after` (config.evaluation.adapter)."""

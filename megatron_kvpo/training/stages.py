@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -13,12 +12,13 @@ from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, share
 from megatron_kvpo.parallel.collect import gather_rows, leveled_shares, shares
 from megatron_kvpo.parallel.groups import Ranks
-from megatron_kvpo.records import Energies, RewardTable, RolloutGroup, Trajectory
+from megatron_kvpo.records import Energies, RewardTable, RolloutGroup
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import (
     GroupNoise,
     SampledGroup,
     Sent,
+    WholeGroup,
     batches,
     roll_out_group,
 )
@@ -29,12 +29,10 @@ from megatron_kvpo.rollout.stream import World, lent_pages
 from megatron_kvpo.routing import diversity, draw_plan, route_entropy
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.policy import Policy
+from megatron_kvpo.training.replays import Ask, Replays
 
 AWAITING = "await scores"
 """The stage in which a run waits for judges elsewhere."""
-
-_BACKWARD_PASSES = 3.5
-"""What a pass with its backward costs, in passes without: as measured, docs/benchmarks."""
 
 _GPU_ROWS = 2
 """Fewer rows at once take a GPU as long with their backward: the host is what it waits for."""
@@ -61,7 +59,7 @@ class Stages:
         parts = shares(config.routing.num_branches + 1, ranks.branch.size)
         self._parts, self._sizes = parts, [len(part) for part in parts]
         self.sequences = tuple(parts[ranks.branch.rank])
-        """Branches and anchor (the last of all) that this rank rolls out, scores and replays."""
+        """Branches and anchor (the last of all) that this rank rolls out and scores."""
 
     def noises(self, update: int, prompt_index: int) -> GroupNoise:
         """Noises of one group, by coordinates."""
@@ -84,48 +82,22 @@ class Stages:
                     self.world, self.encode, prompt, plan, noises, self.sequences,
                     self.config.policy.rollout_rows,
                 )  # fmt: skip
-                whole = self._whole_group(sampled.group)
-                groups.append(SampledGroup(whole, sampled.prefix, self._send(whole, send)))
+                own, axis = sampled.own, self.ranks.branch
+                whole = WholeGroup(own, axis, self._sizes) if axis.size > 1 else None
+                groups.append(SampledGroup(own, sampled.prefix, self._send(own, send), whole))
         return groups
 
-    def _whole_group(self, own: RolloutGroup) -> RolloutGroup:
-        """Every branch rank's sequences, in order."""
-        if self.ranks.branch.size == 1:
-            return own
-        latent, state, velocity = (
-            gather_rows(x, self.ranks.branch, self._sizes)
-            for x in (own.latent_NFCHW, own.trajectory.state_NPTFCHW,
-                      own.trajectory.velocity_NPTFCHW)
-        )  # fmt: skip
-        return dataclasses.replace(
-            own, latent_NFCHW=latent, sequences=tuple(range(len(latent))),
-            trajectory=Trajectory(state_NPTFCHW=state, velocity_NPTFCHW=velocity),
-        )  # fmt: skip
-
-    def _own_group(self, whole: RolloutGroup) -> RolloutGroup:
-        """This rank's sequences of a group."""
-        part = slice(self.sequences[0], self.sequences[-1] + 1)
-        trajectory = Trajectory(
-            state_NPTFCHW=whole.trajectory.state_NPTFCHW[part],
-            velocity_NPTFCHW=whole.trajectory.velocity_NPTFCHW[part],
-        )
-        return dataclasses.replace(whole, latent_NFCHW=whole.latent_NFCHW[part],
-                                   sequences=self.sequences, trajectory=trajectory)  # fmt: skip
-
-    def _send(self, whole: RolloutGroup, send: bool) -> Sent | None:
+    def _send(self, own: RolloutGroup, send: bool) -> Sent | None:
         """This rank's sequences to the judges."""
         if not send:
             return None
         with stage("reward"):
-            return self.scorer.send_group(self._own_group(whole))
+            return self.scorer.send_group(own)
 
     def score(self, groups: Sequence[SampledGroup]) -> list[RewardTable]:
         """Scores of every branch and the anchor of each group; all branch ranks get all scores."""
         with stage("reward"):
-            sent = [
-                sampled.sent or self.scorer.send_group(self._own_group(sampled.group))
-                for sampled in groups
-            ]
+            sent = [sampled.sent or self.scorer.send_group(sampled.own) for sampled in groups]
         with stage(AWAITING):
             tables = [part.collect() for part in sent]
         return [
@@ -161,38 +133,16 @@ class Stages:
         self, update: int, groups: Sequence[SampledGroup], slot: str, *, keep: bool = False,
         anchor: bool = True,
     ) -> Energies:  # fmt: skip
-        """Energies of all branches and of the anchors under the policy of `slot`.
+        """Energies of all branches and of the anchors under the policy of `slot`; see `Ask`."""
+        return self.replays(update, groups, [Ask(slot=slot, keep=keep, anchor=anchor)])[0]
 
-        This rank's rows of a group go in the batches of its rollout, so that bits repeat. `keep`
-        keeps the velocities, all branch ranks', too. Without the `anchor` its energy is nan.
-        """
-        branches, anchors, velocities = [], [], []
-        count = self.config.routing.num_branches + anchor
-        rows_here = [n for n in self.sequences if n < count]
-        sizes = [min(part.stop, count) - part.start for part in self._parts]
-        parts = batches(rows_here, self.config.policy.rollout_rows)
-        with stage("replay"), self.policy.acting(slot):
-            for sampled in groups:
-                noises = self.noises(update, sampled.group.prompt.index)
-                found = [
-                    replay(sampled, self.encode, noises, self.config.energy, rows, keep=keep)
-                    for rows in parts
-                ]
-                none = sampled.group.trajectory.velocity_NPTFCHW[:0].float()  # if it has no row
-                energy_N = self._gathered(
-                    [none.flatten(), *(part.energy_B for part in found)], sizes
-                )
-                branches.append(energy_N[: count - anchor])
-                anchors.append(energy_N[-1] if anchor else energy_N.new_full((), torch.nan))
-                if keep:
-                    kept = [none, *(part.velocity_BPTFCHW for part in found)]
-                    velocities.append(self._gathered(kept, sizes))
-        return Energies(torch.stack(branches), torch.stack(anchors), tuple(velocities))
-
-    def _gathered(self, parts: Sequence[Tensor | None], sizes: Sequence[int]) -> Tensor:
-        """All sequences' rows, from the batches of this rank's."""
-        own = torch.cat([part for part in parts if part is not None])
-        return gather_rows(own, self.ranks.branch, sizes)
+    def replays(
+        self, update: int, groups: Sequence[SampledGroup], asks: Sequence[Ask]
+    ) -> list[Energies]:  # fmt: skip
+        """Several policies' replays, of which no rank waits for another before the end."""
+        replays = Replays(self.config, self.ranks.branch, self.policy, self.encode, self.noises,
+                          self._parts)  # fmt: skip
+        return replays.run(update, groups, asks)
 
     def backward(
         self, update: int, groups: Sequence[SampledGroup], weight_PG: Tensor,
@@ -200,51 +150,31 @@ class Stages:
     ) -> Tensor:  # fmt: skip
         """Send this rank's branches backward: sum_g c_g dE_g / dtheta, and the drift's gradient.
 
-        Which ones they are depends on what the rank has done before: see `_backward_parts`. The
-        drift counts if `reference` holds velocities. Returns its mean over all branches.
+        The drift counts if `reference` holds velocities. Returns its mean over all branches.
         """
         drift_weight = self.config.loss.drift_coefficient / weight_PG.numel()
         kept = reference.velocities if reference else ()
         velocities = kept or [None] * len(groups)
-        parts = [self._backward_parts(update, sampled) for sampled in groups]
+        parts = self._backward_parts()
         drifts: list[Tensor] = [weight_PG.new_zeros(0)]
         with stage("backward"), self.policy.acting("current"):
-            for sampled, weight_G, target, part in zip(
-                groups, weight_PG, velocities, parts, strict=True
-            ):
-                rows = part[self.ranks.branch.rank]
+            for sampled, weight_G, target in zip(groups, weight_PG, velocities, strict=True):
+                rows = parts[self.ranks.branch.rank]
                 with self.policy.optimizer.part():
                     drifts += self._push(update, sampled, rows, weight_G, drift_weight, target)
-        sizes = [sum(len(part[rank]) for part in parts) for rank in range(self.ranks.branch.size)]
+        sizes = [len(groups) * len(part) for part in parts]
         return gather_rows(torch.cat(drifts), self.ranks.branch, sizes).mean()
 
-    def _backward_parts(self, update: int, sampled: SampledGroup) -> list[range]:
-        """The branches that each branch rank sends backward.
-
-        With the anchor there is one sequence more than branches, and some ranks have rolled out and
-        replayed more of them; these send fewer backward.
-        """
-        config, plan = self.config, sampled.group.plan
-        steps, blocks = len(config.stream.steps), plan.num_blocks
-        rolled = (config.stream.num_frames - plan.fork_frame) // config.stream.block_frames
-        loss = config.loss
-        replays = (
-            1
-            + (not self.policy.is_synced(update))
-            + ((loss.kl_coefficient > 0 or loss.drift_coefficient > 0) and update > 0)
-        )
-        fill = blocks - 1
-        one = rolled * (steps + 1) - 1 + replays * (blocks * steps + fill)
-        back = blocks * config.energy.grad_steps * _BACKWARD_PASSES + fill
+    def _backward_parts(self) -> list[range]:
+        """The branches that each branch rank sends backward: as many, in whole batches."""
         least = _GPU_ROWS if self.ranks.device.type == "cuda" else 1
 
         def cost(branches: int) -> float:
-            parts = batches(range(branches), config.policy.max_rows)
-            return back * sum(max(len(part), least) for part in parts)
+            parts = batches(range(branches), self.config.policy.max_rows)
+            return sum(max(len(part), least) for part in parts)
 
-        return leveled_shares(
-            config.routing.num_branches, cost, [size * one for size in self._sizes]
-        )
+        idle = [0.0] * self.ranks.branch.size
+        return leveled_shares(self.config.routing.num_branches, cost, idle)
 
     def _push(
         self, update: int, sampled: SampledGroup, branches: range, weight_G: Tensor,

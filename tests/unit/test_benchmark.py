@@ -192,3 +192,9 @@ def test_scoring_elsewhere_goes_on_while_the_run_works(tmp_path):
     longer = max(overlap["run_s"], overlap["scoring_s"])
     assert overlap["of_the_longer"] == pytest.approx(overlap["update_s"] / longer)
     assert benchmark_report.overlap_line(overlap) in out.with_suffix(".md").read_text()
+
+
+def test_the_table_shows_what_each_rank_did():
+    lines = benchmark_report.ranks_table([{"replay": 2.0, "other": 0.5}, {"replay": 1.234}])
+    assert lines == ["| rank | replay | other |", "|---|---|---|", "| 0 | 2 | 0.5 |",
+                     "| 1 | 1.23 |  |"]  # fmt: skip

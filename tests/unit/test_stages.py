@@ -16,6 +16,7 @@ from megatron_kvpo.records import RewardTable
 from megatron_kvpo.rollout.replay import replay
 from megatron_kvpo.routing import draw_plan
 from megatron_kvpo.stopwatch import Stopwatch
+from megatron_kvpo.training import replays as replays_module
 from megatron_kvpo.training import stages as stages_module
 from megatron_kvpo.training.stages import Stages
 from tests.unit import small
@@ -171,7 +172,8 @@ def test_branches_sent_backward_by_themselves_give_the_gradient_of_the_whole_los
 
 def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks, monkeypatch):
     """Two branch ranks, one after the other in this process, send all branches backward."""
-    monkeypatch.setattr(stages_module, "gather_rows", lambda rows, *_: rows)  # they never meet
+    for module in (stages_module, replays_module):  # they never meet
+        monkeypatch.setattr(module, "gather_rows", lambda rows, *_: rows)
     tiny = apart(small.build(ranks))
     whole = tiny.stages.explore(0)
     *_, weight_PG = numbers(tiny, whole)
@@ -189,20 +191,6 @@ def test_branches_shared_over_ranks_add_up_to_the_same_gradient(ranks, monkeypat
     assert_close(ours, theirs, limit=1e-4)  # their passes had batches of other sizes
     for sampled in whole:
         sampled.release()
-
-
-def test_a_rank_that_rolls_out_more_sends_less_backward(ranks):
-    """8 branches and the anchor on 2 ranks: 5 and 4 roll out; over an update they do the same."""
-    axis = Axis(size=2, rank=0, group=ranks.branch.group)
-    tiny = small.build(ranks, "routing.num_branches=8", "energy.grad_steps=1")
-    stages = Stages(
-        tiny.config, dataclasses.replace(ranks, branch=axis), tiny.policy, tiny.world, tiny.encode,
-        tiny.stages.scorer, tiny.stages.prompts,
-    )  # fmt: skip
-    (sampled,) = tiny.stages.explore(0)[:1]
-    parts = stages._backward_parts(0, sampled)
-    assert [n for part in parts for n in part] == list(range(8))
-    assert len(parts[0]) < len(parts[1])
 
 
 def test_groups_come_from_their_coordinates(ranks):

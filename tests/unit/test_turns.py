@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_kvpo.parallel.groups import Axis
-from megatron_kvpo.training import stages as stages_module
+from megatron_kvpo.training import replays as replays_module
 from megatron_kvpo.training.stages import Stages
 from tests.unit import small
 
@@ -44,7 +44,7 @@ def test_a_group_in_turns_is_the_group_at_once(ranks, rows):
 
 
 def test_a_replay_may_leave_the_anchor_out_even_where_a_rank_has_nothing_else(ranks, monkeypatch):
-    monkeypatch.setattr(stages_module, "gather_rows", lambda rows, *_: rows)
+    monkeypatch.setattr(replays_module, "gather_rows", lambda rows, *_: rows)
     tiny = small.build(ranks)
     groups = tiny.stages.explore(0)
     tiny.stir("reference")
@@ -66,3 +66,19 @@ def test_a_replay_may_leave_the_anchor_out_even_where_a_rank_has_nothing_else(ra
     assert alone.velocities[0].shape[0] == 0
     for sampled in groups:
         sampled.release()
+
+
+def test_every_rank_sends_as_many_batches_backward(ranks):
+    """8 branches, by one rank of several; a GPU takes as long for one as for a pair."""
+    cases = ((2, "cpu", [4, 4]), (3, "cpu", [2, 3, 3]), (4, "cuda", [2, 2, 2, 2]))
+    for size, device, counts in cases:
+        axis = Axis(size=size, rank=0, group=ranks.branch.group)
+        tiny = small.build(ranks, "routing.num_branches=8", "policy.max_rows=2")
+        place = dataclasses.replace(ranks, branch=axis, device=torch.device(device))
+        stages = Stages(
+            tiny.config, place, tiny.policy, tiny.world, tiny.encode, tiny.stages.scorer,
+            tiny.stages.prompts,
+        )  # fmt: skip
+        parts = stages._backward_parts()
+        assert [n for part in parts for n in part] == list(range(8))
+        assert sorted(map(len, parts)) == sorted(counts)
