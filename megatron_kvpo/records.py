@@ -90,21 +90,21 @@ class LatentBatch:
     """Embeddings of the segments' texts."""
 
     index_B: Tensor
-    """int64: which clips of the data set these are. On the CPU."""
+    """Which clips."""
 
 
 class LatentStream(Protocol):
-    """Encoded videos without an end."""
+    """Batches of encoded videos without an end."""
 
     def batches(self, step: int = 0) -> Iterator[LatentBatch]:
-        """This data rank's share of the global batches from global step `step` on.
+        """This data rank's share of each global batch, from global step `step` on.
 
         A pure function of (seed, step, global batch).
         """
         ...
 
     def fingerprint(self) -> str:
-        """Names the data set; a run that resumes with another one is refused."""
+        """Of the data set: what was trained on another does not go on with this one."""
         ...
 
 

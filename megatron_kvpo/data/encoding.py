@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,14 +19,22 @@ import av
 import torch
 from torch import Tensor, nn
 
+from megatron_kvpo import log
 from megatron_kvpo.data.embeddings import DTYPES, EmbeddingCache, text_key
-from megatron_kvpo.data.video import MANIFEST, Backend, ClipSpec, VideoPipeline, decode_file
+from megatron_kvpo.data.video import Backend, ClipSpec, decode_file, probe_file
 from megatron_kvpo.model.codec import ShapesCodec
 from megatron_kvpo.model.umt5 import UMT5Encoder
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.world import pixel_start
 
 Codec = ShapesCodec | WanVae
+
+logger = log.get_logger(__name__)
+
+MANIFEST = "manifest.jsonl"
+
+_PROBES = 4
+"""Files that are probed at once."""
 
 RATE_TOLERANCE = 0.02
 """A file's rate may be so far, relatively, from a whole multiple of the wanted one."""
@@ -243,33 +251,21 @@ class ClipReader:
 
     def usable(self, clips: Sequence[VideoClip]) -> dict[int, int]:
         """Latent frames of every clip that can be decoded, by its index. Probes each file."""
-        found: dict[int, int] = {}
+        with ThreadPoolExecutor(_PROBES) as pool:
+            found = list(pool.map(self._fitting, clips))
+        return {clip.index: frames for clip, frames in zip(clips, found, strict=True) if frames}
+
+    def _fitting(self, clip: VideoClip) -> int | None:
+        """The most latent frames that a file fills; None if it fills none, or is no video."""
         for num_frames in self.spec.num_frames:
-            groups: dict[ClipSpec, list[VideoClip]] = {}
-            for clip in clips:
-                if clip.index not in found and (spec := self._spec(clip, num_frames)):
-                    groups.setdefault(spec, []).append(clip)
-            for spec, some in groups.items():
-                found |= {some[place].index: num_frames for place in self._probe(spec, some)}
-        return found
-
-    def _spec(self, clip: VideoClip, num_frames: int) -> ClipSpec | None:
-        try:
-            return self.pixels(clip, num_frames)
-        except ValueError:
-            return None
-
-    def _probe(self, spec: ClipSpec, clips: Sequence[VideoClip]) -> list[int]:
-        """Places of the clips whose files hold what `spec` asks for."""
-        with tempfile.TemporaryDirectory() as folder:
-            lines = (json.dumps({"file": str((self.folder / clip.file).absolute())})
-                     for clip in clips)  # fmt: skip
-            (Path(folder) / MANIFEST).write_text("".join(f"{line}\n" for line in lines))
             try:
-                report = VideoPipeline(folder, spec, batch_size=1, shuffle=False).report
-            except ValueError:  # not one of them
-                return []
-            return [file.index for file in report.good]
+                probe_file(self.folder / clip.file, self.pixels(clip, num_frames))
+            except (ValueError, OSError, av.FFmpegError) as error:
+                if num_frames == self.spec.num_frames[-1]:
+                    logger.warning("clip %d, %s, is left out: %s", clip.index, clip.file, error)
+                continue
+            return num_frames
+        return None
 
 
 @torch.no_grad()

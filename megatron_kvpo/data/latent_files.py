@@ -193,10 +193,11 @@ def begin(folder: Path, settings: CacheSettings) -> None:
     """Make the folder, or check that it was begun with these settings. ValueError if not."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
-    if path.is_file():
+    filled = any(folder.glob("shard_*")) or (folder / MANIFEST).exists()  # asked for first:
+    if path.is_file():  # another process may begin it at the same time
         settings.check(CacheSettings.from_json(json.loads(path.read_text())), folder)
         return
-    if any(folder.glob("shard_*")) or (folder / MANIFEST).exists():
+    if filled:
         raise ValueError(f"{folder} holds files of something else and no {SETTINGS}: name another")
     _write_text(path, json.dumps(settings.to_json(), indent=1) + "\n")
 

@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_kvpo import log
 from megatron_kvpo.data.encoding import (
     ClipReader,
     Codec,
@@ -34,8 +33,6 @@ from megatron_kvpo.data.prompts import permutation
 from megatron_kvpo.data.video import Backend
 from megatron_kvpo.model.umt5 import padded
 from megatron_kvpo.records import LatentBatch
-
-logger = log.get_logger(__name__)
 
 T = TypeVar("T")
 
@@ -221,8 +218,6 @@ class EncodedVideos:
         frames = self._reader.usable(clips)
         if not frames:
             raise ValueError(f"none of the {len(clips)} clips in {folder} can be used: see above")
-        if len(frames) < len(clips):
-            logger.warning("%d of %d clips cannot be used", len(clips) - len(frames), len(clips))
         self._clips = {clip.index: clip for clip in clips if clip.index in frames}
         self._num_frames = frames
         buckets: dict[tuple[int, ...], list[int]] = {}
