@@ -5,10 +5,10 @@
 
 The recipe, of training or pre-training, gives the model's latent size, the codec and the prompt
 embeddings; `section.key=value` changes a setting. The videos' folder holds manifest.jsonl: a line
-{"file", "segments", "switch_frames"} a video. Each process encodes every n-th shard; the last to
-end writes the manifest. What is there by then does not depend on how many they are. A call that was
-cut short goes on where it stopped, if its settings are the same. Clips that cannot be used are
-listed in rejected.jsonl.
+{"file", "segments", "switch_frames"} or {"file", "caption"} a video. Each process encodes every
+n-th shard; the last to end writes the manifest. What is there by then does not depend on how many
+they are. A call that was cut short goes on where it stopped, if its settings are the same. Clips
+that cannot be used are listed in rejected.jsonl.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def spec_of(
 def require(encoder: Any, clips: Iterable[VideoClip]) -> None:
     """Raise ValueError for a text that the encoder cannot encode, before the first clip."""
     if not isinstance(encoder, UMT5Encoder):
-        encoder.require([text for clip in clips for _, text in clip.told])
+        encoder.require([told.text for clip in clips for told in clip.told])
 
 
 def _hash_of(clips: Sequence[VideoClip]) -> str:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import av
 import torch
@@ -21,17 +23,29 @@ from torch import Tensor, nn
 
 from megatron_kvpo import log
 from megatron_kvpo.data.embeddings import DTYPES, EmbeddingCache, text_key
-from megatron_kvpo.data.video import Backend, ClipSpec, decode_file, probe_file
+from megatron_kvpo.data.video import ClipSpec, decode_file, probe_file
 from megatron_kvpo.model.codec import ShapesCodec
 from megatron_kvpo.model.umt5 import UMT5Encoder
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.world import pixel_start
 
 Codec = ShapesCodec | WanVae
+Backend = Literal["cpu", "gpu"]
+Unit = Literal["pixel_frame", "s"]
 
 logger = log.get_logger(__name__)
 
 MANIFEST = "manifest.jsonl"
+EXAMPLES = (
+    '{"file": "a.mp4", "caption": "a cat"}',
+    '{"file": "a.mp4", "segments": ["a cat", "it runs"], "switch_frames": [9]} (latent frames)',
+    '{"file": "a.mp4", "segments": [{"text": "a cat", "start_s": 0}, ...]} (or '
+    "start_pixel_frame, start_latent_frame)",
+)
+"""Lines of a manifest."""
+
+_NEAR = 1e-3
+"""Pixel frames that a time may be past one and still mean it."""
 
 _PROBES = 4
 """Files that are probed at once."""
@@ -111,6 +125,14 @@ class EncodingSpec:
         return [f"{k} {ours[k]}, not {theirs[k]}" for k in ours if ours[k] != theirs[k]]
 
 
+class Told(NamedTuple):
+    """A text and where in its file it begins."""
+
+    begin: float
+    text: str
+    unit: Unit = "pixel_frame"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoClip:
     """Where a clip is found and what it is told in."""
@@ -124,19 +146,18 @@ class VideoClip:
     start: int
     """First pixel frame that is taken."""
 
-    told: tuple[tuple[int, str], ...]
-    """(pixel frame of the file, text) from where each text holds; the first is 0."""
+    told: tuple[Told, ...]
+    """In order; what begins first also tells what is before it."""
 
 
 def list_clips(folder: Path, starts: Sequence[int]) -> list[VideoClip]:
     """The clips that folder/manifest.jsonl promises, by index.
 
-    A line is {"file": ..., "segments": [texts], "switch_frames": [latent frames of the file]}.
-    ValueError for lines that are not, and if there is none.
+    A line is as EXAMPLES. ValueError for lines that are not, and if there is none.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise ValueError(f"no manifest at {path}: write one JSON object a line with a key 'file'")
+        raise ValueError(f"no manifest at {path}: write one JSON object a line, as {EXAMPLES[0]}")
     clips = []
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     for number, line in enumerate(lines):
@@ -145,38 +166,78 @@ def list_clips(folder: Path, starts: Sequence[int]) -> list[VideoClip]:
             index = number * len(starts) + place
             clips.append(VideoClip(index=index, file=file, start=start, told=told))
     if not clips:
-        raise ValueError(f"{path} names 0 videos: write one JSON object a line with a key 'file'")
+        raise ValueError(f"{path} names 0 videos: write one JSON object a line, as {EXAMPLES[0]}")
     return clips
 
 
-def _entry(line: str, where: str) -> tuple[str, tuple[tuple[int, str], ...]]:
+def _entry(line: str, where: str) -> tuple[str, tuple[Told, ...]]:
     try:
         entry = json.loads(line)
-        texts, switches = entry["segments"], entry.get("switch_frames", [])
-        begins = [0, *(pixel_start(int(frame)) for frame in switches)]
-        told = tuple(zip(begins, map(str, texts), strict=True))
-        return str(entry["file"]), told
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        told = _texts(entry)
+        if any(b.begin <= a.begin or a.unit != b.unit for a, b in itertools.pairwise(told)):
+            raise ValueError("segments must follow each other, in one unit")
+        if not told or not all(part.text.strip() for part in told):
+            raise ValueError("a text is empty")
+        return str(entry["file"]), tuple(told)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
-            f"{where}: {line[:80]!r} is no JSON object with 'file', 'segments' (texts) and a "
-            "latent frame in 'switch_frames' for each segment but the first"
+            f"{where}: {line[:80]!r} is no video that is told in texts ({error}): write "
+            f"{' or '.join(EXAMPLES)}"
         ) from error
 
 
+def _texts(entry: Mapping[str, Any]) -> list[Told]:
+    if "segments" not in entry:
+        return [Told(0.0, str(entry["caption" if "caption" in entry else "text"]))]
+    found, switches = entry["segments"], entry.get("switch_frames", [])
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        return [_told(segment) for segment in found]
+    begins = [0, *(pixel_start(int(frame)) for frame in switches)]
+    if len(begins) != len(found):
+        raise ValueError(f"{len(found)} texts and {len(switches)} switch_frames")
+    return [Told(float(begin), text) for begin, text in zip(begins, found, strict=True)]
+
+
+def _told(segment: Mapping[str, Any]) -> Told:
+    text = str(segment["text"])
+    if "start_s" in segment:
+        return Told(float(segment["start_s"]), text, "s")
+    if "start_latent_frame" in segment:
+        return Told(float(pixel_start(int(segment["start_latent_frame"]))), text)
+    return Told(float(segment["start_pixel_frame"]), text)
+
+
 def segments_of(
-    clip: VideoClip, num_frames: int, pixel_stride: int, temporal_stride: int
+    clip: VideoClip, num_frames: int, pixel_stride: int, temporal_stride: int, rate: float = 0.0
 ) -> list[tuple[int, int, str]]:
     """(first latent frame, one past the last, text) of what the clip shows, covering it.
 
-    A text holds from the latent frame on that shows its first pixel frame.
+    A text holds from the latent frame on that shows its first pixel frame. `rate`: pixel frames a
+    second of the file, for texts that begin at seconds.
     """
     begun: dict[int, str] = {}
-    for begin, text in clip.told:
-        pixel = max(0, -(-(begin - clip.start) // pixel_stride))
-        begun[(pixel + temporal_stride - 1) // temporal_stride] = text  # a later one wins
+    for told in clip.told:
+        begin = told.begin if told.unit == "pixel_frame" else told.begin * rate
+        pixel = max(0, math.ceil((begin - clip.start) / pixel_stride - _NEAR))
+        begun[(pixel + temporal_stride - 1) // temporal_stride] = told.text  # a later one wins
     firsts = sorted(frame for frame in begun if frame < num_frames)
-    stops = [*firsts[1:], num_frames]
-    return [(a, b, begun[a]) for a, b in zip(firsts, stops, strict=True)]
+    if not firsts:  # told in nothing but what comes later
+        return [(0, num_frames, clip.told[0].text)]
+    firsts[0], first = 0, begun[firsts[0]]
+    texts = [first, *(begun[frame] for frame in firsts[1:])]
+    return list(zip(firsts, [*firsts[1:], num_frames], texts, strict=True))
+
+
+def frame_rate(path: Path) -> float:
+    """Pixel frames a second of a file. ValueError for one that has none."""
+    try:
+        with av.open(str(path)) as container:
+            rate = container.streams.video[0].average_rate if container.streams.video else None
+    except (av.FFmpegError, OSError) as error:
+        raise ValueError(f"{path} cannot be opened ({error})") from error
+    if not rate:
+        raise ValueError(f"{path} does not say how many pixel frames a second it has")
+    return float(rate)
 
 
 def pixel_stride(path: Path, fps: float | None) -> int:
@@ -186,16 +247,12 @@ def pixel_stride(path: Path, fps: float | None) -> int:
     """
     if fps is None:
         return 1
-    try:
-        with av.open(str(path)) as container:
-            rate = container.streams.video[0].average_rate if container.streams.video else None
-    except (av.FFmpegError, OSError) as error:
-        raise ValueError(f"{path} cannot be opened ({error})") from error
-    stride = round(float(rate) / fps) if rate else 0
-    if not rate or stride < 1 or abs(float(rate) / (stride * fps) - 1) > RATE_TOLERANCE:
+    rate = frame_rate(path)
+    stride = round(rate / fps)
+    if stride < 1 or abs(rate / (stride * fps) - 1) > RATE_TOLERANCE:
         raise ValueError(
-            f"{path} has {float(rate or 0):g} pixel frames a second, no multiple of {fps:g}: "
-            "convert it, or take the frames as they are"
+            f"{path} has {rate:g} pixel frames a second, no multiple of {fps:g}: convert it, or "
+            "take the frames as they are"
         )
     return stride
 
@@ -239,15 +296,16 @@ class ClipReader:
             except (ValueError, OSError, av.FFmpegError) as error:
                 reasons.append(str(error))
                 continue
-            told = segments_of(clip, num_frames, spec.stride, self.temporal_stride)
-            return Decoded(clip=clip, video_CFHW=video, segments=told,
+            return Decoded(clip=clip, video_CFHW=video, segments=self.told(clip, num_frames),
                            num_bytes=path.stat().st_size)  # fmt: skip
         raise ValueError(reasons[-1])
 
     def told(self, clip: VideoClip, num_frames: int) -> list[tuple[int, int, str]]:
         """`segments_of` a clip of so many latent frames."""
-        stride = pixel_stride(self.folder / clip.file, self.spec.fps)
-        return segments_of(clip, num_frames, stride, self.temporal_stride)
+        path = self.folder / clip.file
+        rate = frame_rate(path) if any(told.unit == "s" for told in clip.told) else 0.0
+        stride = pixel_stride(path, self.spec.fps)
+        return segments_of(clip, num_frames, stride, self.temporal_stride, rate)
 
     def usable(self, clips: Sequence[VideoClip]) -> dict[int, int]:
         """Latent frames of every clip that can be decoded, by its index. Probes each file."""

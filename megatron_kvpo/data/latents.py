@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_kvpo.data.encoding import (
+    Backend,
     ClipReader,
     Codec,
     Decoded,
@@ -30,7 +31,6 @@ from megatron_kvpo.data.encoding import (
 )
 from megatron_kvpo.data.latent_files import AGAIN, Line, checksum, latent_name, read_manifest
 from megatron_kvpo.data.prompts import permutation
-from megatron_kvpo.data.video import Backend
 from megatron_kvpo.model.umt5 import padded
 from megatron_kvpo.records import LatentBatch
 

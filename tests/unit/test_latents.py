@@ -14,7 +14,14 @@ import torch
 pytest.importorskip("nvidia.dali")
 
 from megatron_kvpo.config import CodecConfig
-from megatron_kvpo.data.encoding import EncodingSpec, VideoClip, pixel_stride, segments_of
+from megatron_kvpo.data.encoding import (
+    EncodingSpec,
+    Told,
+    VideoClip,
+    list_clips,
+    pixel_stride,
+    segments_of,
+)
 from megatron_kvpo.data.latents import ClipOrder, EncodedVideos, LatentCache, read_ahead
 from megatron_kvpo.data.shapes import write_dataset
 from megatron_kvpo.data.video import ClipSpec, decode_file
@@ -230,7 +237,7 @@ def test_another_text_file_or_setting_is_another_data_set(cache, videos, tmp_pat
 
 
 def test_texts_hold_from_the_latent_frame_that_shows_their_first_pixel_frame():
-    told = ((0, "a"), (9, "b"), (33, "c"))  # latent frames 0, 3 and 9 of the file
+    told = (Told(0, "a"), Told(9, "b"), Told(33, "c"))  # latent frames 0, 3 and 9 of the file
     clip = VideoClip(index=0, file="f", start=0, told=told)
     assert segments_of(clip, 21, 1, 4) == [(0, 3, "a"), (3, 9, "b"), (9, 21, "c")]
     assert segments_of(clip, 9, 1, 4) == [(0, 3, "a"), (3, 9, "b")]
@@ -238,6 +245,44 @@ def test_texts_hold_from_the_latent_frame_that_shows_their_first_pixel_frame():
     late = dataclasses.replace(clip, start=10)
     assert segments_of(late, 21, 1, 4) == [(0, 6, "b"), (6, 21, "c")]
     assert segments_of(dataclasses.replace(clip, start=60), 3, 1, 4) == [(0, 3, "c")]
+    timed = dataclasses.replace(clip, told=(Told(0.5, "a", "s"), Told(1.1, "b", "s")))
+    assert segments_of(timed, 9, 1, 4, 30.0) == [(0, 9, "a")]
+    assert segments_of(timed, 21, 1, 4, 30.0) == [(0, 9, "a"), (9, 21, "b")]
+    assert segments_of(timed, 21, 2, 4, 30.0) == [(0, 5, "a"), (5, 21, "b")]
+
+
+def test_a_manifest_tells_a_video_in_several_ways_and_is_named_where_it_does_not(tmp_path):
+    lines = (
+        {"file": "a", "caption": "cat"},
+        {"file": "b", "segments": ["cat", "dog"], "switch_frames": [3]},
+        {"file": "c", "segments": [{"text": "cat", "start_latent_frame": 0},
+                                   {"text": "dog", "start_pixel_frame": 9}]},
+        {"file": "d", "segments": [{"text": "cat", "start_s": 0}, {"text": "dog", "start_s": 1}]},
+    )  # fmt: skip
+    path = tmp_path / "manifest.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    clips = list_clips(tmp_path, (0, 8))
+    assert [(clip.index, clip.file, clip.start) for clip in clips[:3]] == [
+        (0, "a", 0), (1, "a", 8), (2, "b", 0),
+    ]  # fmt: skip
+    assert clips[0].told == ((0, "cat", "pixel_frame"),)
+    assert clips[2].told == clips[4].told == ((0, "cat", "pixel_frame"), (9, "dog", "pixel_frame"))
+    assert clips[6].told == ((0, "cat", "s"), (1, "dog", "s"))
+    for wrong, said in (
+        ("[]", "no video that is told"), ("{", "Expecting"), ('{"file": "a"}', "'text'"),
+        ('{"segments": ["a"]}', "'file'"), ('{"file": "a", "segments": "a"}', "indices must"),
+        ('{"file": "a", "segments": []}', "0 texts"),
+        ('{"file": "a", "segments": ["a", "b"]}', "2 texts and 0 switch"),
+        ('{"file": "a", "caption": " "}', "a text is empty"),
+        ('{"file": "a", "segments": [{"text": "a", "start_s": 1}, {"text": "b", "start_s": 1}]}',
+         "must follow"),
+    ):  # fmt: skip
+        path.write_text(wrong + "\n")
+        with pytest.raises(ValueError, match=rf"manifest.jsonl line 1: .*{said}.*: write "):
+            list_clips(tmp_path, (0,))
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="names 0 videos"):
+        list_clips(tmp_path, (0,))
 
 
 def test_what_a_thread_reads_comes_in_order_and_so_do_its_errors():
