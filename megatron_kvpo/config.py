@@ -137,7 +137,8 @@ class DataConfig:
     """Prompts of the run."""
 
     prompts: Path = Path("prompts.jsonl")
-    """One JSON object a line: {"segments": [...], "switch_frames": [...]}."""
+    """One JSON object a line: {"segments": [...], "switch_frames": [...]}; `video` and
+    `video_frames` continue a video (docs/continuation.md)."""
 
     embeddings: Path | None = None
     """What tools.encode_prompts made of the prompts, those of the evaluation too. None is the word

@@ -13,8 +13,10 @@ Frames are latent frames unless a name says `pixel`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -32,7 +34,26 @@ class Prompt:
     index: int = 0
     """Line number in the prompt file: a coordinate of every noise drawn for this prompt."""
 
+    video: Path | None = None
+    """What is continued: a video file, or the folder of a cache of latents. None: nothing."""
+
+    clip: int | None = None
+    """Which clip of the cache."""
+
+    video_frames: int = 0
+    """Latent frames that are taken from the start of `video`; what is generated begins there."""
+
     def __post_init__(self) -> None:
+        if (self.video is None) != (self.video_frames == 0) or self.video_frames < 0:
+            raise ValueError(
+                f"prompt {self.index} takes {self.video_frames} latent frames of the video "
+                f"{self.video}: give both 'video' and 'video_frames', above 0, or neither"
+            )
+        if self.clip is not None and (self.video is None or self.clip < 0):
+            raise ValueError(
+                f"prompt {self.index} names clip {self.clip} of {self.video}: 'clip' is the number "
+                "of a clip, from 0, in the cache of latents whose folder is 'video'"
+            )
         if not self.segments or any(not text.strip() for text in self.segments):
             raise ValueError(f"prompt {self.index} has an empty segment: {self.segments}")
         if len(self.switch_frames) != len(self.segments) - 1:
@@ -52,6 +73,39 @@ class Prompt:
         """[start, stop) in latent frames of each segment that begins before `num_frames`."""
         starts = [s for s in (0, *self.switch_frames) if s < num_frames]
         return list(zip(starts, [*starts[1:], num_frames], strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentBatch:
+    """Encoded videos and the segments they are told in."""
+
+    latent_BFCHW: Tensor
+    """float32, on the device."""
+
+    segment_S3: Tensor
+    """int64 (row of the batch, first latent frame, one past the last) of each text segment, by
+    rows."""
+
+    text_SXD: Tensor
+    """Embeddings of the segments' texts."""
+
+    index_B: Tensor
+    """Which clips."""
+
+
+class LatentStream(Protocol):
+    """Batches of encoded videos without an end."""
+
+    def batches(self, step: int = 0) -> Iterator[LatentBatch]:
+        """This data rank's share of each global batch, from global step `step` on.
+
+        A pure function of (seed, step, global batch).
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Of the data set: what was trained on another does not go on with this one."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

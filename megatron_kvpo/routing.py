@@ -55,11 +55,12 @@ def pool(fork: int, stream: StreamConfig, routing: RoutingConfig) -> range:
     return range(max(stream.sink_frames, oldest), stop)
 
 
-def legal_forks(stream: StreamConfig, routing: RoutingConfig) -> list[int]:
-    """Latent frames at which a group may fork, ascending. Does not depend on the prompt.
+def legal_forks(stream: StreamConfig, routing: RoutingConfig, given: int = 0) -> list[int]:
+    """Latent frames at which a group may fork, ascending.
 
-    A fork starts a block, has a full window behind it, keeps its P blocks inside its chunk (one of
-    the first `fork_chunks`) and, for `chr`, has a pool that offers every branch a route of its own.
+    A fork lies at or after the `given` frames that a prompt's video brings, starts a block, has a
+    full window behind it, keeps its P blocks inside its chunk (one of the first `fork_chunks`) and,
+    for `chr`, has a pool that offers every branch a route of its own.
 
     Raises:
         ValueError: no frame qualifies, with the numbers and what to change.
@@ -75,7 +76,13 @@ def legal_forks(stream: StreamConfig, routing: RoutingConfig) -> list[int]:
         largest = max(sizes.values(), default=0)
     if not legal:
         raise ValueError(_no_fork(stream, routing, fitting, largest))
-    return legal
+    if given > legal[-1]:
+        raise ValueError(
+            f"no legal fork: the first {given} latent frames come from a video, the last frame at "
+            f"which a group may fork is {legal[-1]}. Lower 'video_frames' of the prompt to "
+            f"{legal[-1]} or less, or raise stream.num_frames or routing.fork_chunks"
+        )
+    return [fork for fork in legal if fork >= given]
 
 
 def _blocks_fit(fork: int, stream: StreamConfig, routing: RoutingConfig) -> bool:
@@ -107,7 +114,7 @@ def _no_fork(stream: StreamConfig, routing: RoutingConfig, fitting: list[int], l
 
 
 def draw_plan(
-    stream: StreamConfig, routing: RoutingConfig, coordinates: tuple[int, ...]
+    stream: StreamConfig, routing: RoutingConfig, coordinates: tuple[int, ...], given: int = 0
 ) -> RoutingPlan:
     """Draw a group's fork, uniformly, and a route per branch.
 
@@ -119,12 +126,13 @@ def draw_plan(
         stream: Sizes of the video, its chunks and the cache.
         routing: Group size, policy window and pool.
         coordinates: (run seed, update, prompt index); the same ones give the same plan anywhere.
+        given: Latent frames that the prompt's video brings: the fork lies at or after them.
 
     Raises:
         ValueError: no fork is legal.
     """
     rng = random.Random(f"routing plan {tuple(coordinates)}")
-    fork = rng.choice(legal_forks(stream, routing))
+    fork = rng.choice(legal_forks(stream, routing, given))
     routes: tuple[tuple[int, ...], ...] = ((),) * routing.num_branches
     if routing.exploration == "chr":
         drawn = num_routed_frames(stream, routing)

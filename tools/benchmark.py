@@ -147,7 +147,9 @@ def first_update(
 def forks_of(config: RunConfig, run: Run, update: int) -> set[int]:
     """Where the groups of an update fork."""
     return {
-        draw_plan(config.stream, config.routing, (config.seed, update, prompt.index)).fork_frame
+        draw_plan(
+            config.stream, config.routing, (config.seed, update, prompt.index), prompt.video_frames
+        ).fork_frame
         for prompt in run.stages.prompts.groups_of(update)
     }
 

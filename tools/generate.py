@@ -4,9 +4,11 @@
         --prompt "a red square at the top left moves right" --prompt "it turns blue" --switch 9
     python -m tools.generate RECIPE --prompts prompts.jsonl --line 3 --output out.mp4
     python -m tools.generate RECIPE --interactive --output out.mp4
+    python -m tools.generate RECIPE --video in.mp4 --video-frames 12 --prompt "..." --output out.mp4
     python -m tools.generate RECIPE --prompt "..." --output latents.safetensors --record out.json
 
 The recipe gives the model, how it streams, and its files; `section.key=value` changes a setting.
+With --video its first latent frames begin the video, and the generator goes on from there.
 With --interactive each line typed becomes the prompt of the next block while the video goes on.
 Ctrl-C ends the video; what there is of it is kept. An output that ends in .safetensors holds the
 latents (latent_FCHW) and nothing is decoded; --record writes seconds a block and peak memory.
@@ -41,9 +43,11 @@ from megatron_kvpo.model.umt5 import load_umt5
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.model.weights import initialise
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
+from megatron_kvpo.records import Prompt
 from megatron_kvpo.rollout.live import LiveVideo
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World, new_world
+from megatron_kvpo.training.continuation import Beginnings
 from megatron_kvpo.training.parts import build_codec, build_encoder
 from tools.generate_output import Clock, find_output, record
 
@@ -56,6 +60,8 @@ class Script:
 
     texts: tuple[str, ...]
     switch_frames: tuple[int, ...]
+    continued: Prompt | None = None
+    """Names the video that is continued."""
 
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.switch_frames) + 1:
@@ -66,6 +72,12 @@ class Script:
 
     def check(self, block_frames: int, num_frames: int) -> None:
         """Raise ValueError for switches out of order, off a block's start, or past the end."""
+        given = self.continued.video_frames if self.continued else 0
+        if given % block_frames or given >= num_frames:
+            raise ValueError(
+                f"--video-frames {given} must be a multiple of {block_frames}, the block, and less "
+                f"than the {num_frames} latent frames of the video"
+            )
         frames = self.switch_frames
         wrong = [f for f in frames if f % block_frames or not 0 < f < num_frames]
         if wrong or list(frames) != sorted(set(frames)):
@@ -94,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encode(script.texts)  # an unknown word or a missing embedding shows before the first block
         latents_only = options.output.suffix == ".safetensors"
         decoder = None if latents_only else Decoder(config, ranks)
+        given = find_beginning(config, ranks, script, decoder)
         # Nothing is routed, so the cache keeps the window and no more.
         stream = dataclasses.replace(config.stream, num_frames=num_frames,
                                      resident_frames=config.stream.window_frames)  # fmt: skip
@@ -102,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         clock = Clock(ranks.device)
         with torch.no_grad(), acting or nullcontext(), decoder or nullcontext():
             lines = Lines(sys.stdin) if options.interactive else None
-            run(world, encode, script, num_frames, decoder, clock, options, lines)
+            run(world, encode, script, num_frames, decoder, clock, options, lines, given)
         if options.record is not None:
             record(config, ranks, num_frames, clock, options)
     finally:
@@ -113,12 +126,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(
     world: World, encode: TextEncoder, script: Script, num_frames: int, decoder: Decoder | None,
     clock: Clock, options: argparse.Namespace, lines: Lines | None = None,
+    given_1FCHW: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The video's loop: switch if it is time, a block, its pixels, the file."""
     coordinates = (options.seed, options.prompt_index, options.noise)
     video = LiveVideo(world, encode, script.texts[0], coordinates)
     switches = dict(zip(script.switch_frames, script.texts[1:], strict=True))
-    first = is_first(world.model.spec.ranks)
+    first, size = is_first(world.model.spec.ranks), world.stream.block_frames
+    given = [] if given_1FCHW is None else list(given_1FCHW.split(size, dim=1))
     output = find_output(options) if first else nullcontext()
     with output, log.Progress(num_frames, first=first, label="latent frame") as progress:
         while video.frame < num_frames:
@@ -127,7 +142,7 @@ def run(
                 with clock.measure("switch"):
                     _switch(video, text)
             with clock.measure("block"):
-                frames = video.next_block()
+                frames = video.show(given.pop(0)) if given else video.next_block()
             if decoder is not None:
                 with clock.measure("decode"):
                     frames = decoder.next_pixels(frames)
@@ -151,10 +166,22 @@ def _switch(video: LiveVideo, text: str) -> None:
         logger.info("latent frame %d: %s", video.frame, text)
 
 
+def find_beginning(
+    config: RunConfig, ranks: Ranks, script: Script, decoder: Decoder | None
+) -> Tensor | None:
+    """Latents [1, F, C, H, W] of the video that is continued. ValueError if they cannot be had."""
+    if script.continued is None:
+        return None
+    codec = decoder.codec if decoder else build_codec(config, ranks)
+    beginnings = Beginnings(config.model, codec, ranks.device)
+    beginnings.check([script.continued])
+    return beginnings.shared((ranks.tensor, ranks.context))(script.continued)
+
+
 def read_script(options: argparse.Namespace) -> Script:
-    """Prompts and switches of the command line or of a line of a prompt file."""
+    """Prompts, switches and video of the command line or of a line of a prompt file."""
     if options.prompts is not None:
-        if options.prompt or options.switch:
+        if options.prompt or options.switch or options.video:
             raise ValueError("--prompts brings its own texts and switches: leave out the others")
         prompts = load_prompts(options.prompts)
         if not 0 <= options.line < len(prompts):
@@ -163,13 +190,19 @@ def read_script(options: argparse.Namespace) -> Script:
             )
         options.prompt_index = prompts[options.line].index
         prompt = prompts[options.line]
-        return Script(texts=prompt.segments, switch_frames=prompt.switch_frames)
+        return Script(texts=prompt.segments, switch_frames=prompt.switch_frames,
+                      continued=prompt if prompt.video else None)  # fmt: skip
     texts = list(options.prompt)
     if options.interactive and not texts:
         texts = [Lines.ask(sys.stdin)]
     if not texts:
         raise ValueError("nothing to show: give --prompt TEXT or --prompts FILE")
-    return Script(texts=tuple(texts), switch_frames=tuple(options.switch))
+    continued = None
+    if options.video or options.video_frames or options.clip is not None:
+        switches = tuple(options.switch)
+        continued = Prompt(segments=tuple(texts), switch_frames=switches, video=options.video,
+                           clip=options.clip, video_frames=options.video_frames)  # fmt: skip
+    return Script(texts=tuple(texts), switch_frames=tuple(options.switch), continued=continued)
 
 
 def build_model(
@@ -217,10 +250,10 @@ class Decoder(AbstractContextManager["Decoder"]):
 
     def __init__(self, config: RunConfig, ranks: Ranks) -> None:
         self._cache: Any = None
-        self._codec: Any = build_codec(config, ranks)
+        self.codec = build_codec(config, ranks)
         self._resident: AbstractContextManager[None] = nullcontext()
-        if isinstance(self._codec, WanVae):
-            self._resident = self._codec.resident(ranks.device)
+        if isinstance(self.codec, WanVae):
+            self._resident = self.codec.resident(ranks.device)
 
     def __enter__(self) -> Decoder:
         self._resident.__enter__()
@@ -231,7 +264,7 @@ class Decoder(AbstractContextManager["Decoder"]):
 
     def next_pixels(self, latent_BFCHW: Tensor) -> Tensor:
         """Pixel frames [F, 3, H, W] in [0, 1] of the next latents of one video."""
-        video_BCFHW, self._cache = self._codec.decode(latent_BFCHW, self._cache)
+        video_BCFHW, self._cache = self.codec.decode(latent_BFCHW, self._cache)
         return (video_BCFHW[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -274,6 +307,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="a prompt file (JSONL)")
     parser.add_argument("--line", type=int, default=0, help="which of its lines, from 0")
     parser.add_argument("--switch", type=_numbers, default=[], help="latent frames: 39,75,111")
+    parser.add_argument("--video", type=Path, help="what to continue: a file, a cache of latents")
+    parser.add_argument("--video-frames", type=int, default=0, help="latent frames taken from it")
+    parser.add_argument("--clip", type=int, help="which clip of a cache of latents")
     parser.add_argument("--interactive", action="store_true", help="prompts from the terminal")
     parser.add_argument("--frames", type=int, help="latent frames; default: stream.num_frames")
     parser.add_argument("--weights", type=Path, help="any form that convert_checkpoint reads")

@@ -16,19 +16,21 @@ from megatron_kvpo.records import Prompt
 T = TypeVar("T")
 
 EXAMPLE = '{"segments": ["a red square moves right", "it turns blue"], "switch_frames": [9]}'
+CONTINUATION = '{"segments": ["it turns blue"], "video": "clips/0001.mp4", "video_frames": 12}'
 
 
 def load_prompts(path: str | Path) -> list[Prompt]:
-    """Read JSON lines of `segments` and `switch_frames`; other keys are ignored.
+    """Read JSON lines of `segments`, `switch_frames`, `video`, `clip` and `video_frames`.
 
-    `Prompt.index` is the line's place in the file, from 0. Raises ValueError with file, line
+    Other keys are ignored. `Prompt.index` is the line's place in the file, from 0; a video's path
+    counts from the file's folder. Raises ValueError with file, line
     number and remedy for a missing or empty file, bad JSON, missing or ill-typed keys.
     """
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no prompt file at {file}: write one JSON object a line, as {EXAMPLE}")
     prompts = [
-        _parse(line, index, f"{file} line {index + 1}")
+        _parse(line, index, f"{file} line {index + 1}", file.parent)
         for index, line in enumerate(file.read_text(encoding="utf-8").splitlines())
         if line.strip()
     ]
@@ -37,7 +39,7 @@ def load_prompts(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _parse(line: str, index: int, where: str) -> Prompt:
+def _parse(line: str, index: int, where: str, folder: Path) -> Prompt:
     try:
         entry: Any = json.loads(line)
     except json.JSONDecodeError as error:
@@ -51,15 +53,35 @@ def _parse(line: str, index: int, where: str) -> Prompt:
         raise ValueError(
             f"{where}: 'switch_frames' is {switches!r}, not a list of latent frames: {EXAMPLE}"
         )
+    video, clip, frames = (entry.get(key) for key in ("video", "clip", "video_frames"))
+    if not isinstance(video, str | None) or any(type(n) not in (int, type(None))
+                                                for n in (clip, frames)):  # fmt: skip
+        raise ValueError(
+            f"{where}: 'video' is {video!r}, 'clip' {clip!r} and 'video_frames' {frames!r}: a path "
+            f"and whole numbers are needed, as {CONTINUATION}"
+        )
     try:
-        return Prompt(segments=tuple(segments), switch_frames=tuple(switches), index=index)
+        return Prompt(
+            segments=tuple(segments), switch_frames=tuple(switches), index=index,
+            video=None if video is None else folder / video, clip=clip, video_frames=frames or 0,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
 
 def check_prompts(prompts: Sequence[Prompt], stream: StreamConfig) -> None:
-    """Raise ValueError for a switch inside a block, at frame 0 or past the end of the video."""
+    """Raise ValueError for a switch inside a block, at frame 0 or past the end of the video.
+
+    Likewise for a given beginning that ends inside a block or leaves nothing to generate.
+    """
     for prompt in prompts:
+        given, most = prompt.video_frames, stream.num_frames - stream.block_frames
+        if given % stream.block_frames or given > most:
+            raise ValueError(
+                f"prompt {prompt.index} takes {given} latent frames of {prompt.video}: "
+                f"'video_frames' must be a multiple of the block of {stream.block_frames}, at most "
+                f"{most}, or stream.num_frames must grow"
+            )
         for frame in prompt.switch_frames:
             if frame % stream.block_frames:
                 below = frame - frame % stream.block_frames

@@ -166,6 +166,40 @@ def write_prompt_videos(
     _write_lines(folder / MANIFEST, rows)
 
 
+def write_continuations(
+    path: Path, count: int, seed: int, given_frames: int, *, num_latent_frames: int = 21,
+    exclude: Collection[str] = frozenset(), codec: Codec = "vp9", size: int = 32,
+) -> list[str]:  # fmt: skip
+    """Write prompts that continue videos, and these videos beside them; their `prompt_text`s.
+
+    Each is a scene that switches at latent frame `given_frames`; the video ends there. A line:
+    {"segments", "switch_frames", "video": "<path's stem>/00000.mp4", "video_frames"}. For seed and
+    exclude see `write_prompts`. ValueError for a folder of videos that is there already.
+    """
+    folder = path.with_suffix("")
+    if folder.exists():
+        raise ValueError(f"{folder} exists: delete it or choose another name")
+    folder.mkdir(parents=True)
+    rows: dict[str, dict[str, object]] = {}
+    for index in range(200 * count):
+        scene, switches = draw_scene(seed, index, num_latent_frames)
+        text = prompt_text(scene.captions)
+        if len(rows) == count or given_frames not in switches or text in rows or text in exclude:
+            continue
+        name = f"{len(rows):05d}.mp4"
+        frames_FHWC = render(scene, size)[: pixel_start(given_frames)]
+        write_video(folder / name, frames_FHWC, codec=codec)
+        rows[text] = {"segments": scene.captions, "switch_frames": list(switches),
+                      "video": f"{folder.name}/{name}", "video_frames": given_frames}  # fmt: skip
+    if len(rows) < count:
+        raise ValueError(
+            f"found only {len(rows)} of {count} scenes that switch at latent frame {given_frames}: "
+            f"ask for fewer, or a multiple of {SWITCH_MULTIPLE}"
+        )
+    _write_lines(path, list(rows.values()))
+    return list(rows)
+
+
 def write_video(path: Path, frames_FHWC: NDArray[np.uint8], *, codec: Codec = "vp9") -> None:
     """Encode uint8 RGB pixel frames at 16 a second, in one thread, colour at full resolution."""
     encoder, options = _ENCODERS[codec]

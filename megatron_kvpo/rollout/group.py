@@ -15,13 +15,17 @@ from megatron_kvpo.parallel.groups import Axis
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan, Trajectory
 from megatron_kvpo.rollout.sampler import (
+    Beginning,
     BlockNoise,
     BlockRecord,
     TextEncoder,
+    admit,
     block_noise,
     encode_for_rows,
     encode_segment,
     extend,
+    given_block,
+    nothing_given,
 )
 from megatron_kvpo.rollout.stream import Stream, World
 from megatron_kvpo.stopwatch import stage
@@ -140,6 +144,7 @@ class GroupNoise:
 def roll_out_group(
     world: World, encode: TextEncoder, prompt: Prompt, plan: RoutingPlan,
     noises: GroupNoise, sequences: tuple[int, ...], most: int | None = None,
+    begin: Beginning = nothing_given,
 ) -> SampledGroup:  # fmt: skip
     """Generate one group: the prefix once, then `sequences` (branches and the anchor) together.
 
@@ -151,14 +156,28 @@ def roll_out_group(
         noises: of this group.
         sequences: which of 0..G (G is the anchor) this rank generates.
         most: rows of one batch; None is all.
+        begin: first frames of a prompt that continues a video; the prefix goes on from there.
+
+    Raises:
+        ValueError: the plan forks inside what the video brings.
     """
-    config = world.stream
+    config, given = world.stream, begin(prompt)
+    if plan.fork_frame < prompt.video_frames:
+        raise ValueError(
+            f"prompt {prompt.index} is given up to latent frame {prompt.video_frames} and cannot "
+            f"fork at {plan.fork_frame}: draw the plan with given={prompt.video_frames}"
+        )
     stream = Stream.begin(world, 1, encode_segment(world.model, encode, [prompt], 0))
     blocks: list[Tensor] = []
     with stage("prefix"):
         for frame in range(0, plan.fork_frame, config.block_frames):
             _switch(stream, encode, prompt, blocks)
-            _extend(stream, blocks, noises, noises.shared(frame, 1), None)
+            block = given_block(prompt, given, frame, config)
+            if block is None:
+                _extend(stream, blocks, noises, noises.shared(frame, 1), None)
+            else:
+                admit(stream, block, noises.key(frame))
+                blocks.append(block)
         _switch(stream, encode, prompt, blocks)
     with stage("branches"):
         parts = [

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_kvpo.model.causal_wan import TextKeys
 from megatron_kvpo.rollout.sampler import (
     TextEncoder,
+    admit,
     block_noise,
     encode_texts,
     extend,
@@ -56,6 +57,20 @@ class LiveVideo:
         clean = extend(self._stream, draw, (*self._coordinates, frame)).clean
         self._latents.append(clean)
         return clean
+
+    @torch.no_grad()
+    def show(self, clean_BFCHW: Tensor) -> Tensor:
+        """Let the next block be this one, of a video that is continued; it is returned.
+
+        Raises:
+            ValueError: these are not the latents of one block.
+        """
+        shape = (1, self._world.stream.block_frames, *self._world.model.model_config.frame_shape)
+        if tuple(clean_BFCHW.shape) != shape:
+            raise ValueError(f"latents {list(clean_BFCHW.shape)} are no block {list(shape)}")
+        admit(self._stream, clean_BFCHW, (*self._coordinates, self.frame))
+        self._latents.append(clean_BFCHW)
+        return clean_BFCHW
 
     @torch.no_grad()
     def switch(self, prompt: str) -> None:

@@ -21,6 +21,29 @@ BlockNoise = Callable[[int], Tensor]
 TextEncoder = Callable[[Sequence[str]], Tensor]
 """Texts -> embeddings text_BXD."""
 
+Beginning = Callable[[Prompt], Tensor | None]
+"""A prompt -> clean latents [1, F, C, H, W] of its first `video_frames`, on the device; None if it
+continues no video."""
+
+
+def nothing_given(prompt: Prompt) -> Tensor | None:
+    """The beginning of prompts that continue no video. ValueError for one that does."""
+    if prompt.video_frames:
+        raise ValueError(
+            f"prompt {prompt.index} continues {prompt.video}, and nothing encodes it here: pass "
+            "its latents"
+        )
+    return None
+
+
+def given_block(
+    prompt: Prompt, given_1FCHW: Tensor | None, frame: int, config: StreamConfig
+) -> Tensor | None:
+    """The block at `frame` of what a prompt's video brings; None once it is at its end."""
+    if given_1FCHW is None or frame >= prompt.video_frames:
+        return None
+    return given_1FCHW[:, frame : frame + config.block_frames]
+
 
 class BlockRecord:
     """What one block went through: T states and velocities, and the finished latents."""
@@ -75,12 +98,19 @@ def extend(
 
     `coordinates` name the noise of the pass that fills it, if there is any.
     """
-    config, record = stream.world.stream, denoise_block(stream, draw, routed_B)
-    if last:
-        return record
-    context = context_state(record.clean, config, coordinates)
-    stream.commit(context, routed_B, config.context_noise)
+    record = denoise_block(stream, draw, routed_B)
+    if not last:
+        admit(stream, record.clean, coordinates, routed_B)
     return record
+
+
+def admit(
+    stream: Stream, clean: Tensor, coordinates: tuple[int | str, ...],
+    routed_B: Sequence[Sequence[int]] | None = None,
+) -> None:  # fmt: skip
+    """Fill the cache with a finished block, generated or given. For `coordinates` see `extend`."""
+    config = stream.world.stream
+    stream.commit(context_state(clean, config, coordinates), routed_B, config.context_noise)
 
 
 def block_noise(
@@ -116,9 +146,11 @@ def encode_for_rows(
 @torch.no_grad()
 def generate_videos(
     world: World, encode: TextEncoder, prompts: Sequence[Prompt], noise_keys: Sequence[int],
-    seed: int,
+    seed: int, begin: Beginning = nothing_given,
 ) -> Tensor:  # fmt: skip
     """Stream one video per (prompt, noise key), all rows as one batch. No exploration.
+
+    Where a prompt continues a video, `begin` brings its first frames.
 
     Returns:
         latent_BFCHW of all stream.num_frames frames.
@@ -126,6 +158,7 @@ def generate_videos(
     config, model = world.stream, world.model
     text = encode_segment(model, encode, prompts, 0)
     stream = Stream.begin(world, len(prompts), text, resident=config.window_frames)
+    given = {prompt: begin(prompt) for prompt in dict.fromkeys(prompts)}
     blocks: list[Tensor] = []
     for frame in range(0, config.num_frames, config.block_frames):
         if any(frame in prompt.switch_frames for prompt in prompts):
@@ -135,13 +168,24 @@ def generate_videos(
                         model.spec.ranks.device)
             for prompt, key in zip(prompts, noise_keys, strict=True)
         ]  # fmt: skip
-        record = extend(
-            stream, lambda step, d=draws: torch.cat([draw(step) for draw in d]),  # type: ignore[misc]
-            (seed, "evaluation", frame), last=config.is_last(frame),
-        )  # fmt: skip
-        blocks.append(record.clean)
+        own_B = [given_block(prompt, given[prompt], frame, config) for prompt in prompts]
+        clean = _next_block(stream, own_B, lambda step, d=draws: torch.cat([f(step) for f in d]))  # type: ignore[misc]
+        if not config.is_last(frame):
+            admit(stream, clean, (seed, "evaluation", frame))
+        blocks.append(clean)
     stream.release()
     return torch.cat(blocks, dim=1)
+
+
+def _next_block(stream: Stream, given_B: Sequence[Tensor | None], draw: BlockNoise) -> Tensor:
+    """What is given, row by row, and generated where nothing is."""
+    given = {row: block for row, block in enumerate(given_B) if block is not None}
+    if len(given) == len(given_B):
+        return torch.cat(list(given.values()))
+    clean = denoise_block(stream, draw).clean
+    for row, block in given.items():  # denoised in vain: prompts that begin alike go together
+        clean[row] = block[0]
+    return clean
 
 
 def _switch(

@@ -24,9 +24,9 @@ def branch_pages(stream: StreamConfig, routing: RoutingConfig, prompts: Iterable
 
     It shares its prefix's. While it is routed it keeps the resident frames, then the window.
     """
-    forks, most = legal_forks(stream, routing), 0
-    for switches in {prompt.switch_frames for prompt in prompts}:
-        for fork in forks:
+    most = 0
+    for switches, given in {(prompt.switch_frames, prompt.video_frames) for prompt in prompts}:
+        for fork in legal_forks(stream, routing, given):
             routed = fork + routing.num_routed_blocks * stream.block_frames
             parts = [(routed, stream.resident_frames), (stream.num_frames, stream.window_frames)]
             most = max(most, _peak(fork, parts, switches, stream))

@@ -19,7 +19,12 @@ from megatron_kvpo.parallel.groups import Ranks, is_first
 from megatron_kvpo.records import Prompt
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
-from megatron_kvpo.rollout.sampler import TextEncoder, generate_videos
+from megatron_kvpo.rollout.sampler import (
+    Beginning,
+    TextEncoder,
+    generate_videos,
+    nothing_given,
+)
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.training.filmstrips import Filmstrips, Frames, write_video
 from megatron_kvpo.training.policy import Policy
@@ -36,10 +41,12 @@ class Evaluator:
     def __init__(
         self, config: RunConfig, ranks: Ranks, policy: Policy, world: World, encode: TextEncoder,
         scorer: Scorer, codec: ShapesCodec | WanVae, prompts: Sequence[Prompt],
+        begin: Beginning = nothing_given,
     ) -> None:  # fmt: skip
+        """`begin`: what prompts that continue a video begin with."""
         self._config, self._ranks, self._policy, self._world = config, ranks, policy, world
         self._encode, self._scorer, self._codec = encode, scorer, codec
-        self.prompts = list(prompts)
+        self._begin, self.prompts = begin, list(prompts)
 
     @property
     def num_videos(self) -> int:
@@ -63,7 +70,8 @@ class Evaluator:
         with self._policy.acting(slot):
             for rows in (mine[i : i + most] for i in range(0, len(mine), most)):
                 prompts, keys = [p for p, _ in rows], [k for _, k in rows]
-                latent = generate_videos(self._world, self._encode, prompts, keys, evaluation.seed)
+                latent = generate_videos(self._world, self._encode, prompts, keys,
+                                         evaluation.seed, self._begin)  # fmt: skip
                 scores.append(self._scorer.score_videos(latent, prompts))
                 wanted = [i for i, (p, k) in enumerate(rows) if (p.index, k) in shown]
                 strips.append(self._codec.decode_pixels(latent[wanted]))

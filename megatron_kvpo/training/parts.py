@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_kvpo.config import RunConfig
@@ -44,8 +45,13 @@ def build_codec(config: RunConfig, ranks: Ranks) -> ShapesCodec | WanVae:
 
     ValueError for files that are missing or foreign, and for latents of other channels.
     """
+    return codec_on(config, ranks.device)
+
+
+def codec_on(config: RunConfig, device: torch.device) -> ShapesCodec | WanVae:
+    """`build_codec` for a process that is no rank."""
     if config.codec.vae is None:
-        codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device)
+        codec = load_codec(config.codec, config.model.latent_channels).to(device)
         return codec.requires_grad_(False).eval()
     vae = load_wan_vae(config.codec.vae, max_rows=config.codec.max_rows)
     if vae.latent_channels != config.model.latent_channels:

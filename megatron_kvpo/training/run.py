@@ -25,6 +25,7 @@ from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sizing import run_pages
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import legal_forks
+from megatron_kvpo.training.continuation import Beginnings
 from megatron_kvpo.training.evaluate import Evaluator
 from megatron_kvpo.training.guard import Guard
 from megatron_kvpo.training.metrics import Metrics
@@ -80,6 +81,8 @@ class Run:
         share(range(config.policy.groups_per_update), ranks.data.rank, ranks.data.size)
         log.setup(is_first(ranks))
         codec, encode = build_codec(config, ranks), build_encoder(config).encode
+        begin = Beginnings(config.model, codec, ranks.device)
+        begin.check([*prompts, *held_out])
         judges = connect_judges(config, ranks)
         scorer = Scorer(config.reward, config.stream, codec.decode_rows, judges, ranks.device,
                         (ranks.tensor, ranks.context))  # fmt: skip
@@ -96,8 +99,11 @@ class Run:
         world = World(policy.model, policy.model.new_pool(pages), config.stream, config.routing,
                       config.memory)  # fmt: skip
         stream = PromptStream(prompts, config.seed, config.policy.groups_per_update)
-        stages = Stages(config, ranks, policy, world, encode, scorer, stream)
-        evaluator = Evaluator(config, ranks, policy, world, encode, scorer, codec, held_out)
+        axes = (ranks.tensor, ranks.context)
+        stages = Stages(config, ranks, policy, world, encode, scorer, stream,
+                        begin.shared((*axes, ranks.branch)))  # fmt: skip
+        evaluator = Evaluator(config, ranks, policy, world, encode, scorer, codec, held_out,
+                              begin.shared(axes))  # fmt: skip
         run = Run(config, ranks, policy, stages, evaluator, judges)
         run._resume()
         log.setup(is_first(ranks), config.run_folder)
@@ -273,6 +279,11 @@ def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
         )
     prompts = load_prompts(config.data.prompts)
     check_prompts(prompts, config.stream)
+    for given, index in {p.video_frames: p.index for p in reversed(prompts)}.items():
+        try:
+            legal_forks(config.stream, config.routing, given)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from error
     held_out: list[Prompt] = []
     if config.evaluation.prompts is not None:
         held_out = load_prompts(config.evaluation.prompts)

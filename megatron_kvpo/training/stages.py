@@ -23,7 +23,7 @@ from megatron_kvpo.rollout.group import (
     roll_out_group,
 )
 from megatron_kvpo.rollout.replay import Push, replay
-from megatron_kvpo.rollout.sampler import TextEncoder
+from megatron_kvpo.rollout.sampler import Beginning, TextEncoder, nothing_given
 from megatron_kvpo.rollout.sizing import replay_pages
 from megatron_kvpo.rollout.stream import World, lent_pages
 from megatron_kvpo.routing import diversity, draw_plan, route_entropy
@@ -52,10 +52,11 @@ class Stages:
 
     def __init__(
         self, config: RunConfig, ranks: Ranks, policy: Policy, world: World, encode: TextEncoder,
-        scorer: Scorer, prompts: PromptStream,
+        scorer: Scorer, prompts: PromptStream, begin: Beginning = nothing_given,
     ) -> None:  # fmt: skip
+        """`begin`: what prompts that continue a video begin with, the same on all branch ranks."""
         self.config, self.ranks, self.policy, self.world = config, ranks, policy, world
-        self.encode, self.scorer, self.prompts = encode, scorer, prompts
+        self.encode, self.scorer, self.prompts, self.begin = encode, scorer, prompts, begin
         parts = shares(config.routing.num_branches + 1, ranks.branch.size)
         self._parts, self._sizes = parts, [len(part) for part in parts]
         self.sequences = tuple(parts[ranks.branch.rank])
@@ -76,14 +77,15 @@ class Stages:
         with self.policy.acting("old"):
             for prompt in share(self.prompts.groups_of(update), axis.rank, axis.size):
                 coordinates = (self.config.seed, update, prompt.index)
-                plan = draw_plan(self.config.stream, self.config.routing, coordinates)
+                plan = draw_plan(self.config.stream, self.config.routing, coordinates,
+                                 prompt.video_frames)  # fmt: skip
                 noises = self.noises(update, prompt.index)
                 sampled = roll_out_group(
                     self.world, self.encode, prompt, plan, noises, self.sequences,
-                    self.config.policy.rollout_rows,
+                    self.config.policy.rollout_rows, self.begin,
                 )  # fmt: skip
-                own, axis = sampled.own, self.ranks.branch
-                whole = WholeGroup(own, axis, self._sizes) if axis.size > 1 else None
+                own, among = sampled.own, self.ranks.branch
+                whole = WholeGroup(own, among, self._sizes) if among.size > 1 else None
                 groups.append(SampledGroup(own, sampled.prefix, self._send(own, send), whole))
         return groups
 

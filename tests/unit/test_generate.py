@@ -8,8 +8,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from megatron_kvpo.config import load_config
+from megatron_kvpo.data.shapes import write_dataset
+from megatron_kvpo.data.video import ClipSpec, decode_file
+from megatron_kvpo.model.codec import load_codec
 from tools import generate
 
 RECIPE = Path(__file__).parents[2] / "examples" / "shapes" / "demo.yaml"
@@ -109,3 +114,38 @@ def test_latents_are_kept_as_they_are_and_the_record_says_what_they_cost(tmp_pat
     assert 0 < found["block_s"]["min"] <= found["block_s"]["median"] <= found["block_s"]["max"]
     assert "decode_s" not in found
     assert found["config"]["model"]["hidden_dim"] == 128
+
+
+def test_a_video_is_continued_from_its_own_latents(tmp_path):
+    pytest.importorskip("nvidia.dali")
+    clips = tmp_path / "clips"
+    write_dataset(clips, 2, 3, size=64)
+    spec = ClipSpec(num_pixel_frames=45, size=(32, 32))
+    config = load_config(RECIPE)
+    codec = load_codec(config.codec, config.model.latent_channels)
+    given = codec.encode(decode_file(clips / "00000.mp4", spec)[None])[0].detach()
+    line = {"segments": [RED, BLUE], "switch_frames": [12], "video": "clips/00000.mp4",
+            "video_frames": 12}  # fmt: skip
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line) + "\n")
+    ways = {
+        "line": ["--prompts", str(tmp_path / "prompts.jsonl")],
+        "file": ["--video", str(clips / "00000.mp4"), "--video-frames", "12", "--prompt", RED,
+                 "--prompt", BLUE, "--switch", "12"],
+    }  # fmt: skip
+    found = {}
+    for name, arguments in ways.items():
+        out = tmp_path / f"{name}.safetensors"
+        assert generate.main([str(RECIPE), "device=cpu", "--output", str(out), *arguments]) == 0
+        found[name] = load_file(out)["latent_FCHW"]
+    torch.testing.assert_close(found["line"][:12], given, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["line"], found["file"])
+    video = make(tmp_path, *ways["file"])
+    assert len(video) == 81
+    near = (video[40].astype(float) - frames(clips / "00000.mp4")[40][::2, ::2]) / 255
+    assert np.sqrt((near**2).mean()) < 0.1, "the beginning is the video's"
+    for wrong, said in ((["--video", str(clips / "gone.mp4"), "--video-frames", "6"], "no such"),
+                        (["--video", str(clips), "--video-frames", "6"], "a folder"),
+                        (["--video", str(clips / "00000.mp4"), "--video-frames", "21"],
+                         "--video-frames 21 must be")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            make(tmp_path, *wrong, "--prompt", RED)

@@ -1,0 +1,318 @@
+"""Batches of encoded videos without an end: from a cache on disk, or from the videos themselves.
+
+Both give the same batches for the same data, seed and global batch, on any number of data ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_kvpo.data.encoding import (
+    Backend,
+    ClipReader,
+    Codec,
+    Decoded,
+    EncodingSpec,
+    TextEncoder,
+    data_fingerprint,
+    encode_clip,
+    list_clips,
+    text_tokens,
+)
+from megatron_kvpo.data.latent_files import AGAIN, Line, checksum, latent_name, read_manifest
+from megatron_kvpo.data.prompts import permutation
+from megatron_kvpo.model.umt5 import padded
+from megatron_kvpo.records import LatentBatch
+
+T = TypeVar("T")
+
+OPEN_SHARDS = 64
+"""Shards that are mapped at once."""
+
+_MOST_TEXTS = 4096
+"""Embeddings that EncodedVideos remembers."""
+
+
+class ClipOrder:
+    """Which clips a global step takes: a pure function of (seed, step, global batch).
+
+    A bucket's clips, all of one shape, follow each other in one seeded permutation after another,
+    and a batch takes the next `batch_size` of them. Buckets take turns by their sizes, in rounds
+    that are shuffled too.
+    """
+
+    def __init__(
+        self, buckets: Mapping[Any, Sequence[int]], *, batch_size: int, seed: int, rank: int = 0,
+        world_size: int = 1,
+    ) -> None:  # fmt: skip
+        """`batch_size` is that of all ranks. ValueError for none, or one that they cannot share."""
+        if batch_size < 1 or not 0 <= rank < world_size or batch_size % world_size:
+            raise ValueError(
+                f"a global batch of {batch_size} cannot be shared by {world_size} data ranks (this "
+                f"is rank {rank}): use a multiple of {world_size}"
+            )
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
+        self._buckets = [list(buckets[key]) for key in sorted(buckets)]
+        self._turns = [
+            bucket
+            for bucket, clips in enumerate(self._buckets)
+            for _ in range(max(1, round(len(clips) / batch_size)))
+        ]
+        self._orders: OrderedDict[tuple[str | int, ...], list[int]] = OrderedDict()
+
+    def clips_of(self, step: int) -> list[int]:
+        """This rank's contiguous share of a global step's clips."""
+        cycle, place = divmod(step, len(self._turns))
+        turns = [self._turns[i] for i in self._order(len(self._turns), "turns", cycle)]
+        bucket = turns[place]
+        batch = cycle * turns.count(bucket) + turns[:place].count(bucket)
+        clips, each = self._buckets[bucket], self.batch_size // self.world_size
+        first = batch * self.batch_size + self.rank * each
+        return [
+            clips[self._order(len(clips), bucket, epoch)[position]]
+            for epoch, position in (divmod(i, len(clips)) for i in range(first, first + each))
+        ]
+
+    def _order(self, size: int, *what: str | int) -> list[int]:
+        """A remembered permutation."""
+        if what not in self._orders:
+            self._orders[what] = permutation(size, "latents", self.seed, *what)
+            if len(self._orders) > 2 * len(self._buckets) + 2:
+                self._orders.popitem(last=False)
+        self._orders.move_to_end(what)
+        return self._orders[what]
+
+
+class LatentCache:
+    """Clips that tools.cache_latents has encoded. Shards are mapped, not read whole.
+
+    What is read for the first time is compared with its checksum.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, batch_size: int = 1, seed: int = 0, rank: int = 0,
+        world_size: int = 1, device: torch.device | str = "cpu", ahead: int = 2,
+    ) -> None:  # fmt: skip
+        """Open a finished cache.
+
+        Args:
+            folder: what tools.cache_latents wrote.
+            batch_size: clips of a step, over all data ranks.
+            seed: of the order.
+            rank: data rank.
+            world_size: data ranks.
+            device: where batches go.
+            ahead: batches that a thread reads in advance.
+
+        Raises:
+            ValueError: no cache, one that is not finished, a shard that is missing or cut short,
+                a batch that does not divide over the ranks.
+        """
+        self.folder, self.manifest = Path(folder), read_manifest(Path(folder))
+        self.spec: EncodingSpec = self.manifest.settings.spec
+        self._lines = {line.clip: line for line in self.manifest.lines}
+        buckets: dict[tuple[int, ...], list[int]] = {}
+        for line in self.manifest.lines:
+            buckets.setdefault(line.shape, []).append(line.clip)
+        self.order = ClipOrder(buckets, batch_size=batch_size, seed=seed, rank=rank,
+                               world_size=world_size)  # fmt: skip
+        self._device, self._ahead = torch.device(device), ahead
+        self._shards: OrderedDict[str, Any] = OrderedDict()
+        self._checked: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """Clips."""
+        return len(self._lines)
+
+    def __contains__(self, clip: object) -> bool:
+        return clip in self._lines
+
+    def fingerprint(self) -> str:
+        """See LatentStream.fingerprint."""
+        return self.manifest.fingerprint()
+
+    def batches(self, step: int = 0) -> Iterator[LatentBatch]:
+        """See LatentStream.batches. ValueError with its name for a shard that is damaged."""
+        read = read_ahead(self._batch, step, self._ahead, self._device)
+        return (moved(batch, self._device) for batch in read)
+
+    def latent(self, clip: int) -> Tensor:
+        """latent_FCHW of one clip, float32 on the CPU. ValueError for a clip that is not there."""
+        return self._tensor(self.line(clip), latent_name(clip), self.line(clip).checksum).float()
+
+    def line(self, clip: int) -> Line:
+        """What the manifest says of a clip. ValueError for one that is not there."""
+        if clip not in self._lines:
+            known = self._lines.keys()
+            raise ValueError(
+                f"{self.folder} has no clip {clip}: it holds {len(known)} of {min(known)} to "
+                f"{max(known)}; rejected.jsonl says why others are not there"
+            )
+        return self._lines[clip]
+
+    def _batch(self, step: int) -> LatentBatch:
+        clips = self.order.clips_of(step)
+        lines = [self.line(clip) for clip in clips]
+        texts = [self._tensor(line, part.name, part.checksum)
+                 for line in lines for part in line.segments]  # fmt: skip
+        return joined(
+            clips, [self.latent(clip) for clip in clips],
+            [[(part.start, part.stop) for part in line.segments] for line in lines],
+            padded(texts, self.spec.text_length, self.spec.text_dim),
+        )  # fmt: skip
+
+    def _tensor(self, line: Line, name: str, wanted: str) -> Tensor:
+        path = self.folder / line.shard
+        try:
+            with self._lock:
+                found: Tensor = self._shard(line.shard).get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, and {AGAIN}") from error
+        if (line.shard, name) not in self._checked:
+            if checksum(found) != wanted:
+                raise ValueError(
+                    f"{path} is damaged: {name} of clip {line.clip} does not have its checksum. "
+                    f"Delete it, and {AGAIN}"
+                )
+            self._checked.add((line.shard, name))
+        return found
+
+    def _shard(self, name: str) -> Any:
+        """A handle on the mapped file; safetensors gives it no types."""
+        if name not in self._shards:
+            self._shards[name] = safe_open(self.folder / name, "pt")
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(name)
+        return self._shards[name]
+
+
+class EncodedVideos:
+    """The same batches straight from a folder of videos, encoded anew each time."""
+
+    def __init__(
+        self, folder: str | Path, spec: EncodingSpec, codec: Codec, encoder: TextEncoder, *,
+        batch_size: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1,
+        device: torch.device | str = "cpu", backend: Backend = "cpu", ahead: int = 2,
+    ) -> None:  # fmt: skip
+        """Probe every file; those that cannot be used are left out with a warning.
+
+        `spec` is EncodingSpec.of(codec, encoder, ...); the rest is as in LatentCache. ValueError if
+        no file is usable.
+        """
+        folder, clips = Path(folder), list_clips(Path(folder), spec.starts)
+        self.spec = spec
+        self._codec, self._encoder, self._device = codec, encoder, torch.device(device)
+        self._reader = ClipReader(folder, spec, codec.temporal_stride, backend)
+        frames = self._reader.usable(clips)
+        if not frames:
+            raise ValueError(f"none of the {len(clips)} clips in {folder} can be used: see above")
+        self._clips = {clip.index: clip for clip in clips if clip.index in frames}
+        self._num_frames = frames
+        buckets: dict[tuple[int, ...], list[int]] = {}
+        for index in sorted(frames):
+            buckets.setdefault((frames[index],), []).append(index)
+        self.order = ClipOrder(buckets, batch_size=batch_size, seed=seed, rank=rank,
+                               world_size=world_size)  # fmt: skip
+        self._ahead = ahead
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Usable clips."""
+        return len(self._clips)
+
+    def fingerprint(self) -> str:
+        """See LatentStream.fingerprint."""
+        return data_fingerprint(self.spec, {
+            index: (clip.file, (self._reader.folder / clip.file).stat().st_size,
+                    self._reader.told(clip, self._num_frames[index]))
+            for index, clip in self._clips.items()
+        })  # fmt: skip
+
+    def batches(self, step: int = 0) -> Iterator[LatentBatch]:
+        """See LatentStream.batches. ValueError for a file that cannot be decoded any more."""
+        read = read_ahead(self._decoded, step, self._ahead, self._device)
+        return (self._encoded(clips) for clips in read)
+
+    def _decoded(self, step: int) -> list[Decoded]:
+        return [self._reader.read(self._clips[index]) for index in self.order.clips_of(step)]
+
+    def _encoded(self, clips: Sequence[Decoded]) -> LatentBatch:
+        latents = [encode_clip(self._codec, clip.video_CFHW, self.spec.dtype, self._device).float()
+                   for clip in clips]  # fmt: skip
+        texts = [self._tokens(text) for clip in clips for _, _, text in clip.segments]
+        batch = joined(
+            [clip.clip.index for clip in clips], latents,
+            [[(first, stop) for first, stop, _ in clip.segments] for clip in clips],
+            padded(texts, self.spec.text_length, self.spec.text_dim),
+        )  # fmt: skip
+        return moved(batch, self._device)
+
+    def _tokens(self, text: str) -> Tensor:
+        if text not in self._texts:
+            self._texts[text] = text_tokens(self._encoder, text)
+            if len(self._texts) > _MOST_TEXTS:
+                self._texts.popitem(last=False)
+        return self._texts[text]
+
+
+def joined(
+    clips: Sequence[int], latents: Sequence[Tensor], told: Sequence[Sequence[tuple[int, int]]],
+    text_SXD: Tensor,
+) -> LatentBatch:  # fmt: skip
+    """A batch of clips of one shape. `told`: (first frame, one past the last) of their segments."""
+    segments = [(row, *part) for row, parts in enumerate(told) for part in parts]
+    return LatentBatch(
+        latent_BFCHW=torch.stack(list(latents)), segment_S3=torch.tensor(segments),
+        text_SXD=text_SXD, index_B=torch.tensor(list(clips)),
+    )  # fmt: skip
+
+
+def moved(batch: LatentBatch, device: torch.device) -> LatentBatch:
+    """The batch on a device, but for the clips' numbers."""
+    return LatentBatch(
+        latent_BFCHW=batch.latent_BFCHW.to(device), segment_S3=batch.segment_S3.to(device),
+        text_SXD=batch.text_SXD.to(device), index_B=batch.index_B,
+    )  # fmt: skip
+
+
+def read_ahead(
+    read: Callable[[int], T], step: int, depth: int, device: torch.device
+) -> Iterator[T]:
+    """read(step), read(step + 1), ... without an end, `depth` of them in advance by a thread.
+
+    What `read` raises is raised here, in its turn. The thread, whose CUDA device is `device` if
+    that is one, ends with the iterator.
+    """
+    if step < 0 or depth < 1:
+        raise ValueError(f"step {step} must be 0 or more, and {depth} batches ahead at least 1")
+    return _read_ahead(read, step, depth, device)
+
+
+def _read_ahead(
+    read: Callable[[int], T], step: int, depth: int, device: torch.device
+) -> Iterator[T]:
+    def enter() -> None:
+        if device.type == "cuda":  # CUDA keeps its current device thread by thread
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(1, initializer=enter)
+    waiting = deque(pool.submit(read, step + number) for number in range(depth))
+    try:
+        for number in itertools.count(step + depth):
+            value = waiting.popleft().result()
+            waiting.append(pool.submit(read, number))
+            yield value
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
