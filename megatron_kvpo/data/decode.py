@@ -109,7 +109,7 @@ def _packets(path: str, offset: int, size: int) -> dict[str, Any]:
             if packet.size == 0:
                 continue
             if packet.is_corrupt:
-                raise ValueError(f"packet {len(pts)} is corrupt")
+                raise ValueError(f"truncated or corrupt at packet {len(pts)}")
             usable = usable and not packet.is_discard
             pts.append(packet.pts)
         if stream.frames > len(pts):

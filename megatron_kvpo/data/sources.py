@@ -239,7 +239,7 @@ def _switches(row: dict[str, Any], count: int, where: str) -> tuple[list[float],
             f"{where}: {count} segments need {max(count - 1, 0)} numbers in {given!r}, "
             f"not {len(switches)}"
         )
-    return [0.0, *map(float, switches)][:count], names[given]
+    return [0.0, *map(float, switches)][:count], names[given] if switches else "s"
 
 
 def _segment(item: Any, where: str) -> Segment:
