@@ -210,7 +210,8 @@ def frames(path: str, offset: int, size: int, wanted: list[int], *,
     """RGB pixel frames uint8 [H, W, 3] that are shown at the rising timestamps `wanted`.
 
     Without `timed`, `wanted` counts pixel frames from 0. Begins at the key frame before the first
-    wanted one; where a container cannot seek there, at the beginning. ValueError if the file ends too early or cannot be decoded.
+    wanted one; where a container cannot seek there, at the beginning. ValueError if the file ends
+    too early or cannot be decoded.
     """
     found = 0
     for seek in (True, False) if timed and wanted[0] else (False,):

@@ -113,7 +113,6 @@ class VideoPipeline:
         """The rest of the current epoch; afterwards the next one is current.
 
         A bucket's last step may be smaller, and leaves out what does not divide over the ranks.
-        ValueError if the position lies within a step, after a change of the global batch.
         """
         place, epoch = 0, self.epoch_number
         steps = self._schedule.epoch(epoch)
@@ -121,13 +120,7 @@ class VideoPipeline:
             start, place = place, place + len(step)
             if place <= self.position:
                 continue
-            if start < self.position:
-                if len(set(self._buckets)) > 1:
-                    raise ValueError(
-                        f"position {self.position} lies within the step of videos {start} to "
-                        f"{place - 1}: keep batch_size x world_size when there are buckets"
-                    )
-                step = step[self.position - start :]
+            step = step[max(0, self.position - start) :]
             self.position = place
             if number == len(steps) - 1:
                 self.epoch_number, self.position = epoch + 1, 0
@@ -201,14 +194,25 @@ class VideoPipeline:
 
     def state_dict(self) -> dict[str, int]:
         """Where `epoch` stands after the batches handed out so far; `batches` needs none."""
-        return {"epoch": self.epoch_number, "position": self.position, "videos": len(self)}
+        return {"epoch": self.epoch_number, "position": self.position, "videos": len(self),
+                "global_batch": self._schedule.batch}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from there. ValueError if the number of usable videos has changed."""
+        """Continue from there, on any number of ranks.
+
+        ValueError if the number of usable videos has changed, or, with several buckets, the global
+        batch.
+        """
         if state["videos"] != len(self):
             raise ValueError(
                 f"the saved position counts {state['videos']} usable videos, the folder now has "
                 f"{len(self)}: restore the files, or start the stream anew"
+            )
+        batch = self._schedule.batch
+        if len(set(self._buckets)) > 1 and state.get("global_batch", batch) != batch:
+            raise ValueError(
+                f"the saved position counts batches of {state['global_batch']} over all ranks, now "
+                f"they hold {batch}, which cuts the buckets otherwise: keep batch_size x world_size"
             )
         self.epoch_number, self.position = state["epoch"], state["position"]
 
