@@ -8,6 +8,7 @@ DALI would get wrong or refuses.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -37,7 +38,7 @@ NATIVE_FORMATS: dict[Backend, frozenset[str]] = {
     "cpu": frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}),
     "gpu": frozenset({"yuv420p", "yuvj420p"}),
 }
-"""8 bits; NVDEC has 4:2:0 for all its codecs."""
+"""8 bits; NVDEC has 4:2:0 for all its codecs. DALI's conversion there wants even sides."""
 
 BT601 = frozenset({2, 5, 6})
 """AVCOL_SPC numbers that DALI's conversion is right for; 2, unspecified, is read so by FFmpeg."""
@@ -73,13 +74,19 @@ class Decoder:
         self._refused: set[tuple[str, int]] = set()
         self._by_codec: dict[str, tuple[int, int]] = {}
         self._codecs = _native_codecs(backend)
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def decode(self, clips: Sequence[FileClip]) -> tuple[Tensor, dict[int, str]]:
         """`video_BCFHW` in the order of `clips`; and the reason of each row that failed.
 
         Failed rows are left out of the tensor. It is DALI's own memory where one graph made all.
+        One thread at a time; others wait.
         """
+        with self._lock:
+            return self._decode(clips)
+
+    def _decode(self, clips: Sequence[FileClip]) -> tuple[Tensor, dict[int, str]]:
         rows: dict[FrontEnd, list[int]] = {}
         for row, clip in enumerate(clips):
             rows.setdefault(self._front_end(clip), []).append(row)
@@ -121,6 +128,7 @@ class Decoder:
             file.codec in self._codecs and file.pixel_format in NATIVE_FORMATS[self.backend]
             and file.indexed and not any(file.turn) and file.size <= MOST_FILE_BYTES
             and (file.matrix in BT601 or (self.backend == "gpu" and file.matrix in LUMA_WEIGHTS))
+            and not (self.backend == "gpu" and (file.height % 2 or file.width % 2))
             and (str(file.path), file.offset) not in self._refused
             and (decoded > 0 or refused < _REFUSALS)
         )  # fmt: skip

@@ -110,6 +110,14 @@ def test_a_variable_frame_rate_comes_out_even(tmp_path, suffix, codec):
     assert [number_of(image) for image in video] == [*range(11), 15, 20, 25, 30, 35]
 
 
+@pytest.mark.parametrize(("suffix", "codec"), [("mp4", "libx264"), ("webm", "libvpx-vp9")])
+def test_a_higher_rate_repeats_what_is_shown(tmp_path, suffix, codec):
+    path = write(tmp_path / f"a.{suffix}", codec)
+    clip = ClipSpec(num_pixel_frames=9, size=(96, 128), fps=60, start=3, dtype=torch.uint8)
+    video = decode_file(path, clip).permute(1, 2, 3, 0).numpy()
+    assert [number_of(image) for image in video] == [1, 1, 2, 2, 2, 3, 3, 4, 4]
+
+
 @pytest.mark.parametrize("start", [0, 1, 37, 88])
 @pytest.mark.parametrize(
     ("suffix", "codec"), [("mp4", "libx264"), ("mkv", "libx265"), ("ts", "libx264"),
