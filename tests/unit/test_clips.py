@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_kvpo import settings
 from megatron_kvpo.data.clips import ClipSpec, Schedule, cut
 from megatron_kvpo.data.probe import VideoFile
-from megatron_kvpo.data.sources import Segment
+from megatron_kvpo.data.sources import Segment, VideoSource
 
 SIZE = (8, 8)
 
@@ -143,6 +144,16 @@ def test_what_is_shown_covers_the_size_in_the_middle():
     assert cut(file_of([(1, 1)], height=400, width=200), spec, 0, 0).roi == ((100, 0), (300, 200))
     oblong = file_of([(1, 1)], height=200, width=200, sample_aspect=2.0)
     assert cut(oblong, spec, 0, 0).roi == ((0, 50), (200, 150))
+
+
+def test_a_recipe_can_hold_the_settings():
+    read = {"buckets": [[8, 16], [16, 8]], "seconds": 2, "fps": 8, "start": "scene"}
+    assert settings.from_mapping(ClipSpec, read) == ClipSpec(
+        num_pixel_frames=16, buckets=((8, 16), (16, 8)), fps=8.0, start="scene"
+    )
+    read = {"path": "videos", "max_bad": 0, "check": "packets", "cache": "elsewhere"}
+    source = settings.from_mapping(VideoSource, read)
+    assert (source.report_path, source.max_bad) == (Path("elsewhere/skipped.jsonl"), 0.0)
 
 
 @pytest.mark.parametrize(

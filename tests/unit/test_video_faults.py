@@ -194,6 +194,20 @@ def deadly_to_probe(monkeypatch, how: str) -> None:
     monkeypatch.setattr(workers._Worker, "ask", spoiled)
 
 
+def test_a_decoder_that_dies_in_the_middle_of_a_run_costs_one_file(tmp_path, monkeypatch):
+    for name in ("a.mp4", "deadly.mp4", "z.mp4"):
+        write(tmp_path / name)
+    pipeline = pipeline_of(tmp_path, batch_size=3)
+    deadly_to_probe(monkeypatch, "segfault")
+    stream = pipeline.batches()
+    for _ in range(3):
+        batch = next(stream)
+        assert len(batch.video_BCFHW) == 3
+        assert set(batch.index_B.tolist()) <= {0, 2}
+    stream.close()
+    assert skipped(tmp_path) == {"deadly.mp4": "the decoder died of SIGSEGV"}
+
+
 def test_a_decoder_that_hangs_is_stopped(tmp_path, monkeypatch):
     write(tmp_path / "a.mp4")
     write(tmp_path / "deadly.mp4")
