@@ -112,7 +112,7 @@ def _packets(path: str, offset: int, size: int) -> dict[str, Any]:
                 raise ValueError(f"truncated or corrupt at packet {len(pts)}")
             usable = usable and not packet.is_discard
             pts.append(packet.pts)
-        if stream.frames > len(pts):
+        if "mp4" in container.format.name and stream.frames > len(pts):  # AVI counts repeats too
             raise ValueError(f"truncated: {len(pts)} of {stream.frames} pixel frames are there")
         numbers = sorted(value for value in pts if value is not None)
         rate = stream.average_rate or stream.guessed_rate
