@@ -32,7 +32,15 @@ RUNTIME = [
 EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9"],
     "reward": ["accelerate", "fastapi", "uvicorn"],
-    "dev": ["pytest>=8", "pytest-xdist", "ruff", "mypy>=1.11", "types-PyYAML", "scipy"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist",
+        "ruff",
+        "mypy>=1.11",
+        "types-PyYAML",
+        "scipy",
+        "scikit-video",
+    ],
 }
 
 setup(

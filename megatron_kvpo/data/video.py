@@ -1,99 +1,47 @@
-"""Video files to batches of clips, through NVIDIA DALI.
+"""Video files to batches of clips: the order, the place in it, and what to do when a file fails.
 
-One graph resizes and normalises; what differs is where its pixel frames come from. The `native`
-front end decodes inside DALI (on a CPU VP8, VP9 and MJPEG; with backend `gpu` on NVDEC), the
-`frames` front end feeds it frames that PyAV decoded (H.264 and the rest on a CPU).
+sources.py says where videos stand, probe.py which of them can be used, clips.py which pixel frames
+make a clip, graph.py how these become a tensor.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TypeVar
 
-import av
-import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.dlpack import from_dlpack
 
-from megatron_kvpo.data.prompts import permutation
+from megatron_kvpo.data.clips import ClipSpec, FileClip, Schedule, cut
+from megatron_kvpo.data.graph import Backend, Decoder
+from megatron_kvpo.data.probe import (
+    VideoFile,
+    VideoReport,
+    check_share,
+    probe_path,
+    probe_source,
+    write_skipped,
+)
+from megatron_kvpo.data.sources import VideoSource
+from megatron_kvpo.parallel.seeds import generator
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["cpu", "gpu"]
-FrontEnd = Literal["native", "frames"]
+T = TypeVar("T")
 
-MANIFEST = "manifest.jsonl"
-NATIVE_CODECS: dict[Backend, frozenset[str]] = {
-    "cpu": frozenset({"vp8", "vp9", "mjpeg"}),
-    "gpu": frozenset({"vp8", "vp9", "mjpeg", "h264", "hevc", "av1", "mpeg4"}),
-}
-"""What DALI's own decoder reads. libavcodec's names."""
+__all__ = [
+    "ClipSpec", "VideoBatch", "VideoFile", "VideoPipeline", "VideoReport", "VideoSource",
+    "decode_file", "load_videos", "probe_file",
+]  # fmt: skip
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClipSpec:
-    """Which pixel frames of each file are taken, and at which size."""
-
-    num_pixel_frames: int
-    size: tuple[int, int]
-    """Height and width after resizing."""
-
-    start: int = 0
-    """First pixel frame taken."""
-
-    stride: int = 1
-    """Every stride-th pixel frame is taken."""
-
-    dtype: torch.dtype = torch.float32
-    """float32 in [-1, 1], or uint8 in [0, 255]: the same values before normalisation."""
-
-    def __post_init__(self) -> None:
-        if min(self.num_pixel_frames, self.stride, *self.size) < 1 or self.start < 0:
-            raise ValueError(f"{self}: number, size and stride must be above 0, start at least 0")
-        if self.dtype not in (torch.float32, torch.uint8):
-            raise ValueError(f"clips of {self.dtype} cannot be had: use float32 or uint8")
-
-    @property
-    def needed(self) -> int:
-        """Pixel frames that a file must hold."""
-        return self.start + self.stride * (self.num_pixel_frames - 1) + 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoFile:
-    """A file that the probe decoded as far as its clip needs."""
-
-    path: Path
-    index: int
-    """Its entry's place in the manifest, from 0."""
-
-    codec: str
-    height: int
-    width: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideoReport:
-    """What the probe found."""
-
-    good: tuple[VideoFile, ...]
-    rejected: tuple[tuple[str, str], ...]
-    """(file, reason) of each file left out."""
-
-    def summary(self, most: int = 5) -> str:
-        """One line: how many files were left out, and the first of them with reasons."""
-        total = len(self.good) + len(self.rejected)
-        first = "; ".join(f"{file}: {reason}" for file, reason in self.rejected[:most])
-        return f"{len(self.rejected)} of {total} videos cannot be used: {first}"
+_MOST = 64
+_AHEAD = 2
+"""Batches that wait decoded."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,18 +54,24 @@ class VideoBatch:
     index_B: Tensor
     """Manifest entry of each clip, int64, on the CPU."""
 
+    start_s_B: Tensor
+    """Where each clip begins in its file, float64, on the CPU."""
+
+    segments: tuple[tuple[tuple[int, str], ...], ...]
+    """Of each clip: the first pixel frame in the clip that a text governs, and the text, from
+    pixel frame 0 on. Empty for a clip without captions."""
+
 
 class VideoPipeline:
-    """A folder's videos in a seeded order, as batches, from any position on.
+    """A source's videos in a seeded order, as batches, from any position on.
 
     Order: epoch e is a permutation drawn from (seed, e) alone. Every batch_size x world_size
-    consecutive videos are one step, of which each rank takes its contiguous share; an epoch's
-    last step may be smaller, and leaves out what does not divide over the ranks.
+    consecutive videos of one bucket are one step, of which each rank takes its contiguous share.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        source: str | Path | VideoSource,
         clip: ClipSpec,
         *,
         batch_size: int,
@@ -128,71 +82,162 @@ class VideoPipeline:
         backend: Backend = "cpu",
         num_threads: int = 2,
     ) -> None:
-        """Probes every file named by folder/manifest.jsonl; bad ones are skipped with a warning.
+        """Probes every file that the source names; bad ones are skipped, reported and counted.
 
-        Raises ValueError if the manifest is missing or ill-formed or no file is usable.
+        Raises ValueError if the source is missing or ill-formed, no file is usable, or more than
+        source.max_bad are not.
         """
         if batch_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: out of range")
-        self.report = probe_folder(Path(folder), clip, num_threads)
+        self.source = source if isinstance(source, VideoSource) else VideoSource(path=Path(source))
+        self.clip = clip
+        self.decoder = Decoder(clip.dtype, backend, min(batch_size, _MOST), num_threads)
+        self.report = probe_source(self.source, clip.fault, num_threads)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.epoch_number = 0
         self.position = 0
         """Videos of this epoch's order that all ranks together have consumed."""
-        self._decoder = _ClipDecoder(clip, backend, min(batch_size, 64), num_threads)
+        self._buckets = [clip.sizes.index(clip.size_of(file)) for file in self.report.good]
+        self._schedule = Schedule(
+            [sorted(set(self._buckets)).index(bucket) for bucket in self._buckets],
+            batch_size * world_size, seed, shuffle,
+        )  # fmt: skip
+        self._failed: dict[int, str] = {}
 
     def __len__(self) -> int:
         """Usable videos."""
         return len(self.report.good)
 
     def epoch(self) -> Iterator[VideoBatch]:
-        """The rest of the current epoch; afterwards the next one is current."""
-        order = self._order()
-        while self.position < len(order):
-            step = order[self.position : self.position + self.batch_size * self.world_size]
-            each = len(step) // self.world_size
-            mine = step[self.rank * each : (self.rank + 1) * each]
-            self.position += len(step)
-            last = self.position >= len(order)
-            if last:
-                self.epoch_number, self.position = self.epoch_number + 1, 0
+        """The rest of the current epoch; afterwards the next one is current.
+
+        A bucket's last step may be smaller, and leaves out what does not divide over the ranks.
+        """
+        place, epoch = 0, self.epoch_number
+        steps = self._schedule.epoch(epoch)
+        for number, step in enumerate(steps):
+            start, place = place, place + len(step)
+            if place <= self.position:
+                continue
+            step = step[max(0, self.position - start) :]
+            self.position = place
+            if number == len(steps) - 1:
+                self.epoch_number, self.position = epoch + 1, 0
+            mine = self._share(step)
             if mine:
-                files = [self.report.good[i] for i in mine]
-                yield VideoBatch(
-                    video_BCFHW=self._decoder.decode(files),
-                    index_B=torch.tensor([file.index for file in files]),
-                )
-            if last:
-                return
+                yield self._batch([(row, epoch) for row in mine])
+
+    def batches(self, step: int = 0) -> Iterator[VideoBatch]:
+        """Without end, over epochs, from global step `step` on, decoded ahead on a thread.
+
+        A step's clips are a function of (seed, step, batch_size x world_size) and the usable files.
+        Close or drop the iterator to end the thread. ValueError for a step below 0.
+        """
+        if step < 0:
+            raise ValueError(f"step {step} must be at least 0")
+        return _ahead(self._endless(step))
+
+    def _endless(self, step: int) -> Iterator[VideoBatch]:
+        while True:
+            yield self._batch(self._share(self._schedule.step(step)))
+            step += 1
+
+    def _share(self, step: Sequence[T]) -> list[T]:
+        each = len(step) // self.world_size
+        return list(step[self.rank * each : (self.rank + 1) * each])
+
+    def _batch(self, rows: Sequence[tuple[int, int]]) -> VideoBatch:
+        """Decode (file, epoch) rows. A file that fails is replaced by another of its bucket."""
+        while True:
+            clips = [self._clip(row, epoch) for row, epoch in rows]
+            video_BCFHW, failed = self.decoder.decode(clips)
+            if not failed:
+                break
+            for place, reason in failed.items():
+                self._give_up(clips[place].file, reason)
+        return VideoBatch(
+            video_BCFHW=video_BCFHW,
+            index_B=torch.tensor([clip.file.index for clip in clips]),
+            start_s_B=torch.tensor([clip.start_s for clip in clips], dtype=torch.float64),
+            segments=tuple(clip.segments for clip in clips),
+        )
+
+    def _clip(self, row: int, epoch: int) -> FileClip:
+        """The row's clip, or that of the first substitute that has not failed."""
+        file, attempt = self.report.good[row], 0
+        while file.index in self._failed:
+            attempt += 1
+            file = self._substitute(row, epoch, attempt)
+        return cut(file, self.clip, self.seed, epoch)
+
+    def _substitute(self, row: int, epoch: int, attempt: int) -> VideoFile:
+        """A function of (seed, epoch, file, attempt): all layouts of ranks take the same one."""
+        bucket = self._buckets[row]
+        others = [r for r, other in enumerate(self._buckets) if other == bucket]
+        draw = generator("substitute", self.seed, epoch, self.report.good[row].index, attempt)
+        return self.report.good[others[int(torch.randint(len(others), (), generator=draw))]]
+
+    def _give_up(self, file: VideoFile, reason: str) -> None:
+        """Report a file that failed though its probe was good. ValueError if there are too many."""
+        self._failed[file.index] = reason
+        logger.warning("%s is left out from now on: %s", file.name, reason)
+        write_skipped(self.source, [(file.name, reason)], "a")
+        names = {f.index: f.name for f in self.report.good}
+        rejected = (*self.report.rejected, *((names[i], r) for i, r in self._failed.items()))
+        good = tuple(f for f in self.report.good if f.index not in self._failed)
+        now = replace(self.report, good=good, rejected=rejected)
+        check_share(self.source, len(rejected), len(rejected) + len(good), now.summary())
+        left = zip(self._buckets, self.report.good, strict=True)
+        if {bucket for bucket, f in left if f.index not in self._failed} != set(self._buckets):
+            raise ValueError(f"no usable video is left in a bucket; {now.summary()}")
 
     def state_dict(self) -> dict[str, int]:
-        """Where the stream stands after the batches handed out so far."""
-        return {"epoch": self.epoch_number, "position": self.position, "videos": len(self)}
+        """Where `epoch` stands after the batches handed out so far; `batches` needs none."""
+        return {"epoch": self.epoch_number, "position": self.position, "videos": len(self),
+                "global_batch": self._schedule.batch}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from there. ValueError if the number of usable videos has changed."""
+        """Continue from there, on any number of ranks.
+
+        ValueError if the number of usable videos has changed, or, with several buckets, the global
+        batch.
+        """
         if state["videos"] != len(self):
             raise ValueError(
                 f"the saved position counts {state['videos']} usable videos, the folder now has "
                 f"{len(self)}: restore the files, or start the stream anew"
             )
+        batch = self._schedule.batch
+        if len(set(self._buckets)) > 1 and state.get("global_batch", batch) != batch:
+            raise ValueError(
+                f"the saved position counts batches of {state['global_batch']} over all ranks, now "
+                f"they hold {batch}, which cuts the buckets otherwise: keep batch_size x world_size"
+            )
         self.epoch_number, self.position = state["epoch"], state["position"]
-
-    def _order(self) -> list[int]:
-        if not self.shuffle:
-            return list(range(len(self)))
-        return permutation(len(self), "videos", self.seed, self.epoch_number)
 
 
 def load_videos(pipeline: VideoPipeline) -> Tensor:
-    """A whole epoch as one tensor [N, C, F, H, W], in the order of `pipeline.report.good`."""
+    """A whole epoch as one tensor [N, C, F, H, W], in the order of `pipeline.report.good`.
+
+    ValueError if the clips have several sizes or a file could not be decoded after all.
+    """
+    if len(pipeline.clip.sizes) > 1:
+        raise ValueError(f"one tensor has one size, not {len(pipeline.clip.sizes)} buckets")
     rows = {file.index: row for row, file in enumerate(pipeline.report.good)}
-    videos = torch.empty(0)
+    videos, seen = torch.empty(0), set()
     for batch in pipeline.epoch():
         if not videos.numel():
             videos = batch.video_BCFHW.new_empty((len(rows), *batch.video_BCFHW.shape[1:]))
-        videos[[rows[int(index)] for index in batch.index_B]] = batch.video_BCFHW
+        taken = [rows[int(index)] for index in batch.index_B]
+        videos[taken] = batch.video_BCFHW
+        seen.update(taken)
+    lost = [file.name for row, file in enumerate(pipeline.report.good) if row not in seen]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} videos were probed but not decoded, the first is {lost[0]}: see "
+            f"{pipeline.source.report_path}, repair or remove them and start again"
+        )
     return videos
 
 
@@ -202,195 +247,39 @@ def decode_file(path: str | Path, clip: ClipSpec, backend: Backend = "cpu") -> T
         file = probe_file(Path(path), clip)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return _ClipDecoder(clip, backend, 1, 1).decode([file])[0]
-
-
-def probe_folder(folder: Path, clip: ClipSpec, num_threads: int = 2) -> VideoReport:
-    """Try every file of the manifest. ValueError with the first reasons if none is usable."""
-    entries = _read_manifest(folder / MANIFEST)
-
-    def probe(entry: tuple[int, str]) -> VideoFile | str:
-        try:
-            return probe_file(folder / entry[1], clip, entry[0])
-        except ValueError as error:
-            return str(error)
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        found = list(pool.map(probe, entries))
-    report = VideoReport(
-        good=tuple(file for file in found if isinstance(file, VideoFile)),
-        rejected=tuple(
-            (name, file) for (_, name), file in zip(entries, found, strict=True)
-            if isinstance(file, str)
-        ),
-    )  # fmt: skip
-    if not report.good:
-        raise ValueError(f"no usable video in {folder}; {report.summary()}")
-    if report.rejected:
-        logger.warning("%s", report.summary())
-    return report
+    video_BCFHW, failed = Decoder(clip.dtype, backend, 1, 1).decode([cut(file, clip, 0, 0)])
+    if failed:
+        raise ValueError(f"{path}: {failed[0]}")
+    return video_BCFHW[0]
 
 
 def probe_file(path: Path, clip: ClipSpec, index: int = 0) -> VideoFile:
-    """Decode a file as far as its clip reaches. ValueError with the reason if that fails."""
-    if not path.is_file():
-        raise ValueError("no such file")
-    if path.stat().st_size == 0:
-        raise ValueError("the file is empty")
-    count = 0
+    """Decode a file once. ValueError with the reason if it is not whole or too short."""
+    file = probe_path(path, index)
+    reason = clip.fault(file)
+    if reason is not None:
+        raise ValueError(reason)
+    return file
+
+
+def _ahead(items: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
+    """What `items` yields, made up to `depth` items early on a thread; its errors are raised here.
+
+    `items` must not end.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    pool = ThreadPoolExecutor(1, "videos-ahead", initializer=_choose_device, initargs=(device,))
+    waiting = deque(pool.submit(next, items) for _ in range(depth))
     try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError("no video stream in it")
-            stream = _single_threaded(container)
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise ValueError(f"pixel frame {count} is corrupt")
-                count += 1
-                if count == clip.needed:
-                    return VideoFile(
-                        path=path, index=index, codec=stream.codec_context.name,
-                        height=frame.height, width=frame.width,
-                    )  # fmt: skip
-    except av.FFmpegError as error:
-        raise ValueError(f"cannot be decoded past {count} pixel frames ({error})") from error
-    raise ValueError(f"too short: {count} pixel frames, {clip.needed} needed")
+        while True:
+            item = waiting.popleft().result()
+            waiting.append(pool.submit(next, items))
+            yield item
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _read_manifest(path: Path) -> list[tuple[int, str]]:
-    """(place, file name) of each entry."""
-    if not path.is_file():
-        raise ValueError(f"no manifest at {path}: write one JSON object a line with a key 'file'")
-    entries: list[tuple[int, str]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            entries.append((len(entries), str(json.loads(line)["file"])))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} line {number}: {line[:80]!r} is no JSON object with a key 'file'"
-            ) from error
-    return entries
-
-
-def _single_threaded(container: Any) -> Any:
-    """The video stream, decoded on this thread (files are spread over threads), strictly."""
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = 1
-    stream.codec_context.options = {"err_detect": "explode"}
-    return stream
-
-
-def _read_frames(file: VideoFile, clip: ClipSpec) -> NDArray[np.uint8]:
-    """The clip's pixel frames by PyAV, uint8 [F, H, W, 3]."""
-    reformatter, frames = VideoReformatter(), []
-    with av.open(str(file.path)) as container:
-        for count, frame in enumerate(container.decode(_single_threaded(container))):
-            if count >= clip.start and (count - clip.start) % clip.stride == 0:
-                rgb = reformatter.reformat(frame, format="rgb24", threads=1)
-                frames.append(rgb.to_ndarray())
-            if count + 1 == clip.needed:
-                break
-    return np.stack(frames)
-
-
-class _ClipDecoder:
-    """Runs batches of files through DALI. The graphs are built when first needed."""
-
-    def __init__(self, clip: ClipSpec, backend: Backend, most: int, num_threads: int) -> None:
-        self.clip, self.backend = clip, backend
-        self.most, self.num_threads = most, num_threads
-        self._graphs: dict[FrontEnd, Any] = {}
-        self._refused: set[Path] = set()
-        self._import_dali()
-
-    def decode(self, files: Sequence[VideoFile]) -> Tensor:
-        """`video_BCFHW` in the order of `files`; DALI's own memory where one graph made it all."""
-        rows: dict[FrontEnd, list[int]] = {}
-        for row, file in enumerate(files):
-            rows.setdefault(self._front_end(file), []).append(row)
-        parts: list[Tensor] = []
-        placed: list[int] = []
-        for front_end, chosen in rows.items():
-            for i in range(0, len(chosen), self.most):
-                some = chosen[i : i + self.most]
-                parts.append(self._run(front_end, [files[row] for row in some]))
-                placed += some
-        if len(parts) == 1:
-            return parts[0]
-        return torch.cat(parts)[torch.tensor(placed).argsort().to(parts[0].device)]
-
-    def _front_end(self, file: VideoFile) -> FrontEnd:
-        known = file.codec in NATIVE_CODECS[self.backend] and file.path not in self._refused
-        return "native" if known else "frames"
-
-    def _run(self, front_end: FrontEnd, files: Sequence[VideoFile]) -> Tensor:
-        if front_end == "frames":
-            with ThreadPoolExecutor(self.num_threads) as pool:
-                return self._feed(
-                    "frames", list(pool.map(partial(_read_frames, clip=self.clip), files))
-                )
-        try:
-            return self._feed("native", [np.fromfile(file.path, np.uint8) for file in files])
-        except RuntimeError as error:  # one bad sample spoils DALI's batch and its graph
-            del self._graphs["native"]
-            if len(files) > 1:
-                return torch.cat([self._run(self._front_end(file), [file]) for file in files])
-            logger.warning("DALI refuses %s, PyAV decodes it", files[0].path)
-            logger.debug("%s", error)
-            self._refused.add(files[0].path)
-            return self._run("frames", files)
-
-    def _feed(self, front_end: FrontEnd, samples: list[NDArray[np.uint8]]) -> Tensor:
-        if front_end not in self._graphs:
-            self._graphs[front_end] = self._build(front_end)
-        graph = self._graphs[front_end]
-        graph.feed_input("samples", samples)
-        (output,) = graph.run()
-        return from_dlpack(output.as_tensor())
-
-    def _build(self, front_end: FrontEnd) -> Any:
-        """Samples -> pixel frames [F, H, W, C] -> resize -> [C, F, H, W], normalised or uint8."""
-        dali, fn, types = self._import_dali()
-        gpu, clip = self.backend == "gpu", self.clip
-        graph = dali.Pipeline(
-            batch_size=self.most, num_threads=self.num_threads, prefetch_queue_depth=1,
-            device_id=torch.cuda.current_device() if gpu else None,
-        )  # fmt: skip
-        with graph:
-            if front_end == "native":
-                video = fn.decoders.video(
-                    fn.external_source(name="samples", dtype=types.UINT8, ndim=1),
-                    device="mixed" if gpu else "cpu", start_frame=clip.start, stride=clip.stride,
-                    sequence_length=clip.num_pixel_frames, pad_mode="none",
-                )  # fmt: skip
-            else:
-                frames = fn.external_source(name="samples", dtype=types.UINT8, layout="FHWC")
-                video = frames.gpu() if gpu else frames
-            video = fn.resize(
-                video, size=clip.size, interp_type=types.INTERP_LINEAR, antialias=True
-            )
-            if clip.dtype == torch.uint8:
-                video = fn.transpose(video, perm=[3, 0, 1, 2])
-            else:
-                video = fn.crop_mirror_normalize(
-                    video,
-                    dtype=types.FLOAT,
-                    mean=[127.5] * 3,
-                    std=[127.5] * 3,
-                    output_layout="CFHW",
-                )
-            graph.set_outputs(video)
-        graph.build()
-        return graph
-
-    @staticmethod
-    def _import_dali() -> tuple[Any, Any, Any]:
-        try:
-            from nvidia import dali
-            from nvidia.dali import fn, types
-        except ImportError as error:
-            raise ImportError(
-                "videos are decoded by NVIDIA DALI, which is not installed: `make venv`, or "
-                "`pip install nvidia-dali-cuda130`, which this package requires"
-            ) from error
-        return dali, fn, types
+def _choose_device(device: int | None) -> None:
+    """A thread begins on GPU 0, whatever its parent uses."""
+    if device is not None:
+        torch.cuda.set_device(device)

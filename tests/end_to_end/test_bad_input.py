@@ -252,7 +252,7 @@ def test_a_nan_in_the_weights_is_caught_at_the_start(tmp_path, monkeypatch):
 def test_a_corrupt_video_is_skipped_counted_and_named(tmp_path, caplog):
     pytest.importorskip("nvidia.dali")
     from megatron_kvpo.data.shapes import write_dataset
-    from megatron_kvpo.data.video import ClipSpec, VideoPipeline, load_videos
+    from megatron_kvpo.data.video import ClipSpec, VideoPipeline, VideoSource, load_videos
 
     folder = tmp_path / "videos"
     write_dataset(folder, 4, seed=0, num_latent_frames=6)
@@ -261,7 +261,8 @@ def test_a_corrupt_video_is_skipped_counted_and_named(tmp_path, caplog):
     (folder / "00003.mp4").write_bytes(b"\0" * 1000)
     clip = ClipSpec(num_pixel_frames=21, size=(16, 16))
     with caplog.at_level(logging.WARNING):
-        pipeline = VideoPipeline(folder, clip, batch_size=2, shuffle=False)
+        source = VideoSource(path=folder, max_bad=0.5)
+        pipeline = VideoPipeline(source, clip, batch_size=2, shuffle=False)
     assert [file.index for file in pipeline.report.good] == [0, 2]
     assert load_videos(pipeline).shape == (2, 3, 21, 16, 16)
     assert "2 of 4 videos cannot be used: 00001.mp4: " in caplog.text

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kvpo.data.video import ClipSpec, VideoPipeline, decode_file, load_videos, probe_file
+from megatron_kvpo.data.video import (
+    ClipSpec,
+    VideoPipeline,
+    VideoSource,
+    decode_file,
+    load_videos,
+    probe_file,
+)
 
 pytest.importorskip("nvidia.dali")
 
@@ -78,7 +85,7 @@ def test_pixels_are_those_that_were_written(folder, name):
 def test_both_front_ends_agree_on_the_same_pixels(tmp_path, monkeypatch):
     path = write(tmp_path / "a.webm")
     native = decode_file(path, CLIP)
-    monkeypatch.setattr("megatron_kvpo.data.video.NATIVE_CODECS", {"cpu": frozenset()})
+    monkeypatch.setattr("megatron_kvpo.data.graph.NATIVE_CODECS", {"cpu": frozenset()})
     through_pyav = decode_file(path, CLIP)
     assert (native - through_pyav).abs().mean() < 0.02
     assert (native - through_pyav)[:, :, 0].abs().max() < 0.03, "flat ground"
@@ -183,8 +190,9 @@ def bad_folder(tmp_path) -> Path:
 
 
 def test_bad_files_are_skipped_counted_and_named(bad_folder, caplog):
+    source = VideoSource(path=bad_folder, max_bad=1.0)
     with caplog.at_level(logging.WARNING):
-        pipeline = VideoPipeline(bad_folder, CLIP, batch_size=4)
+        pipeline = VideoPipeline(source, CLIP, batch_size=4)
     assert [file.index for file in pipeline.report.good] == [2]
     reasons = dict(pipeline.report.rejected)
     assert set(reasons) == {
@@ -206,7 +214,7 @@ def test_no_usable_file_is_an_error_with_count_and_reasons(bad_folder):
 
 def test_a_file_that_only_dali_refuses_comes_through_pyav(folder, monkeypatch, caplog):
     monkeypatch.setattr(
-        "megatron_kvpo.data.video.NATIVE_CODECS", {"cpu": frozenset({"vp9", "h264"})}
+        "megatron_kvpo.data.graph.NATIVE_CODECS", {"cpu": frozenset({"vp9", "h264"})}
     )
     pipeline = VideoPipeline(folder, CLIP, batch_size=7, shuffle=False)
     (batch,) = pipeline.epoch()
