@@ -37,11 +37,11 @@ from megatron_kvpo.flow import add_noise, clean_from_velocity, sampler_sigmas, t
 from megatron_kvpo.method_config import check_positive
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.codec import ShapesCodec, load_codec, save_codec
+from megatron_kvpo.model.sight import teacher_frames, teacher_sight
 from megatron_kvpo.model.specs import Spec
 from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.model.weights import initialise, save_weights
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
-from megatron_kvpo.routing import plain_context
 from megatron_kvpo.training.codec_fit import fit_codec
 from megatron_kvpo.training.optimizer import Optimizer, build_optimizer
 from megatron_kvpo.training.samples import Sampler, plot_curve
@@ -142,23 +142,6 @@ class Corpus:
     text_SXD: Tensor
 
 
-def window_mask(stream: StreamConfig, tokens_per_frame: int) -> Tensor:
-    """What [clean frames, noisy frames] may attend to: [2F tokens, 2F tokens], True is seen.
-
-    A block, clean or noisy, sees itself and the clean frames its streaming window holds.
-    """
-    total, size = stream.num_frames, stream.block_frames
-    seen = torch.zeros(2 * total, 2 * total, dtype=torch.bool)
-    for start in range(0, total, size):
-        block = slice(start, start + size)
-        noisy = slice(total + start, total + start + size)
-        seen[block, plain_context(start, stream)] = True
-        seen[noisy, plain_context(start, stream)] = True
-        seen[block, block] = True
-        seen[noisy, noisy] = True
-    return seen.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
-
-
 def load_corpus(config: PretrainConfig, codec: ShapesCodec, device: torch.device) -> Corpus:
     """Write the videos if need be, decode them through DALI, fit the codec, encode everything.
 
@@ -220,9 +203,9 @@ class Trainer:
         self._device = ranks.device
         self._rng = torch.Generator(self._device).manual_seed(config.seed * 1000 + ranks.data.rank)
         stream = config.stream
-        self._mask = window_mask(stream, config.model.tokens_per_frame).to(self._device)
+        self._sight = teacher_sight(stream, config.model.tokens_per_frame)
         self._sigmas = torch.tensor(sampler_sigmas(stream.steps, stream.shift), device=self._device)
-        self._frames = [*range(stream.num_frames), *range(stream.num_frames)]
+        self._frames = teacher_frames(stream)
 
     def _uniform(self, *shape: int) -> Tensor:
         return torch.rand(*shape, generator=self._rng, device=self._device)
@@ -279,12 +262,13 @@ class Trainer:
         return clean_from_velocity(state, velocity.float(), self._per_frame(sigma))
 
     def _velocity(self, history: Tensor, state: Tensor, sigma: Tensor, text: object) -> Tensor:
-        """Velocity of the noisy half of [history, state]."""
+        """Velocity of the noisy part of [history, state]; the last block is nobody's history."""
         time_BF = timestep(sigma).repeat_interleave(self.config.stream.block_frames, dim=1)
-        time_BF = torch.cat([torch.zeros_like(time_BF), time_BF], dim=1)
-        both = torch.cat([history, state], dim=1)
-        out = self.model(both, time_BF, self._frames, text, None, self._mask)
-        return out[:, state.shape[1] :]  # type: ignore[no-any-return]
+        seen = len(self._frames) - state.shape[1]
+        time_BF = torch.cat([torch.zeros_like(time_BF[:, :seen]), time_BF], dim=1)
+        both = torch.cat([history[:, :seen], state], dim=1)
+        out = self.model(both, time_BF, self._frames, text, None, self._sight)
+        return out[:, seen:]  # type: ignore[no-any-return]
 
 
 class Average:
