@@ -13,8 +13,9 @@ Frames are latent frames unless a name says `pixel`.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -52,6 +53,39 @@ class Prompt:
         """[start, stop) in latent frames of each segment that begins before `num_frames`."""
         starts = [s for s in (0, *self.switch_frames) if s < num_frames]
         return list(zip(starts, [*starts[1:], num_frames], strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatentBatch:
+    """Encoded videos and the segments they are told in."""
+
+    latent_BFCHW: Tensor
+    """float32, on the device."""
+
+    segment_S3: Tensor
+    """int64 (row of the batch, first latent frame, one past the last) of each text segment, by
+    rows."""
+
+    text_SXD: Tensor
+    """Embeddings of the segments' texts."""
+
+    index_B: Tensor
+    """Which clips."""
+
+
+class LatentStream(Protocol):
+    """Batches of encoded videos without an end."""
+
+    def batches(self, step: int = 0) -> Iterator[LatentBatch]:
+        """This data rank's share of each global batch, from global step `step` on.
+
+        A pure function of (seed, step, global batch).
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """Of the data set: what was trained on another does not go on with this one."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
