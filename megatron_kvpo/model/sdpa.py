@@ -20,6 +20,7 @@ KERNELS = [
 ]  # fmt: skip
 """The fastest first; each serves what those before it cannot."""
 
+Kept = Sequence[Tensor | None]
 Three = tuple[Tensor, Tensor, Tensor]
 _aten = torch.ops.aten
 
@@ -28,10 +29,10 @@ _aten = torch.ops.aten
 class Kernel:
     """softmax(Q K^T / sqrt(E)) V of [R, A, L, E], and its gradients."""
 
-    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor]]]
+    forward: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, list[Tensor | None]]]
     """(query, key, value) -> the result, and what backward wants besides: `num_kept` tensors."""
 
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]], Three]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Kept], Three]
     """(gradient, query, key, value, result, kept) -> gradients of query, key and value."""
 
     num_kept: int
@@ -49,27 +50,25 @@ def kernel_for(query_RALE: Tensor, key_RAME: Tensor, value_RAME: Tensor) -> Kern
     return _TABLE.get((query_RALE.device.type, choice), _AGAIN)
 
 
-def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _cpu_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     out, scores = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     return out, [scores]
 
 
-def _cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor]
-) -> Three:
+def _cpu_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept) -> Three:
     found: Three = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, kept[0], 0.0, False
     )
     return found
 
 
-def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     found = _aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
     return found[0], [found[1], found[6], found[7]]
 
 
 def _cudnn_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
 ) -> Three:
     scores, seed, offset = kept
     found: Three = _aten._scaled_dot_product_cudnn_attention_backward(
@@ -79,13 +78,13 @@ def _cudnn_backward(
     return found
 
 
-def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _efficient_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     found = _aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
     return found[0], list(found[1:])
 
 
 def _efficient_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
 ) -> Three:
     to_q, to_k, to_v, _ = _aten._scaled_dot_product_efficient_attention_backward(
         grad, q, k, v, None, out, *kept, 0.0, [True, True, True, False]
@@ -93,13 +92,13 @@ def _efficient_backward(
     return to_q, to_k, to_v
 
 
-def _again_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
+def _again_forward(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor | None]]:
     with chosen_kernels(q):
         return nn.functional.scaled_dot_product_attention(q, k, v), []
 
 
 def _again_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Sequence[Tensor]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
 ) -> Three:
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]

@@ -24,6 +24,9 @@ from megatron_kvpo.routing import plain_context
 Stretch = tuple[int, int]
 """[start, stop) in tokens of the pass."""
 
+Results = tuple[Tensor | None, ...]
+"""What attention gave, and what backward wants of each batch of pieces; a kernel may leave gaps."""
+
 _KEYS_AT_ONCE = 160_000
 """Keys that are laid side by side for one call, at most, if a single piece has no more: eight
 windows of Wan's fill a GPU to 96 %."""
@@ -160,13 +163,14 @@ class Held:
     They cost as much memory as the block's input, and half of its arithmetic to make again.
     """
 
-    results: list[tuple[Tensor, ...]] = field(default_factory=list)
+    results: list[Results] = field(default_factory=list)
     _again: bool = False
 
     @property
     def num_bytes(self) -> int:
         """What they take."""
-        return sum(t.numel() * t.element_size() for tensors in self.results for t in tensors)
+        held = itertools.chain.from_iterable(self.results)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
 
     @contextmanager
     def running(self, *, again: bool) -> Iterator[None]:
@@ -178,12 +182,12 @@ class Held:
         finally:
             _held = before
 
-    def results_of(self, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def results_of(self, make: Callable[[], Results]) -> Results:
         """What `make` makes, kept, or what it made in the first run, once."""
         if self._again:
             return self.results.pop(0)
         made = make()
-        self.results.append(tuple(tensor.detach() for tensor in made))
+        self.results.append(tuple(None if t is None else t.detach() for t in made))
         return made
 
 
@@ -200,6 +204,7 @@ class _Seen(torch.autograd.Function):
         out, *rest = make() if _held is None else _held.results_of(make)
         ctx.save_for_backward(query, key, value, out, *rest)
         ctx.sight = sight
+        assert out is not None
         return out
 
     @staticmethod
@@ -223,10 +228,10 @@ class _Seen(torch.autograd.Function):
         return to_query, to_key.to(key.dtype), to_value.to(value.dtype), None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, ...]:
+def _forward(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Results:
     """The result [L, B, A, E], and what the kernels' backward wants of each batch of pieces."""
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    rest: list[Tensor] = []
+    rest: list[Tensor | None] = []
     for pieces in batches(sight):
         queries, keys = [[p.query] for p in pieces], [p.keys for p in pieces]
         own = _side_by_side(query, queries)

@@ -40,8 +40,8 @@ class LatentsConfig:
     """A cache of latents and embeddings. None: the videos of the shapes world."""
 
     empty_text: Path | None = None
-    """Embeddings that hold the empty text, which stands for a caption that is dropped. None: a text
-    that is all padding."""
+    """Embeddings that hold the empty text (tools.encode_prompts --empty), which stands for a
+    caption that is dropped. None: a text that is all padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
