@@ -149,7 +149,8 @@ class Loop:
                 self._show(last=done >= 1)
                 self._save(last=done >= 1 or asked)
         if asked:
-            logger.warning("asked to end by SIGTERM: %d steps are done and saved", self.step)
+            kept = "saved" if self._config.checkpoint.every else "lost, as checkpoint.every is 0"
+            logger.warning("asked to end by SIGTERM: %d steps are done and %s", self.step, kept)
         return not asked
 
     def _agree(self, started: float, signals: Signals) -> tuple[float, bool]:

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from megatron_kvpo.model import sight
 from megatron_kvpo.records import LatentBatch
 from megatron_kvpo.training import forcing as module
 from megatron_kvpo.training.forcing import pick_segments
@@ -143,6 +144,22 @@ def test_in_bfloat16_what_trains_is_float32_and_learns_as_in_float32(tmp_path, r
         ]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
     assert losses["bfloat16"][-1] < 0.97 * losses["bfloat16"][0]
+
+
+def test_blocks_that_hold_their_attention_train_to_the_same_bits(tmp_path, ranks, monkeypatch):
+    forward, runs, found = sight._forward, [], {}
+    monkeypatch.setattr(sight, "_forward", lambda *a: runs.append(1) or forward(*a))
+    for name, kept in (("kept", (0, 2, 0)), ("held", (0, 0, 2)), ("mixed", (0, 1, 1))):
+        config = recipe(tmp_path)
+        learner = lively(config, ranks, empty_text(config))
+        monkeypatch.setattr(learner.model.recompute, "_kept", lambda *a, kept=kept: kept)
+        runs.clear()
+        learner.train_step(Clips(config, ranks).batch(0, 0, 4), 0, own=True, scale=1.0)
+        assert len(runs) == 2 * config.model.num_layers  # the estimate's pass, and one forward
+        found[name] = {n: p.detach().clone() for n, p in learner.trained.items()}
+    for name in ("held", "mixed"):
+        for weight, value in found["kept"].items():
+            assert torch.equal(found[name][weight], value), (name, weight)
 
 
 def test_the_curve_is_cut_where_a_run_goes_on(tmp_path, ranks):
