@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_kvpo.data.embeddings import add_texts
 from megatron_kvpo.model import sight
 from megatron_kvpo.records import LatentBatch
 from megatron_kvpo.training import forcing as module
 from megatron_kvpo.training.forcing import pick_segments
-from megatron_kvpo.training.pretrain import cut_curve, empty_text
+from megatron_kvpo.training.pretrain import cut_curve, empty_text, open_cache
 from tests.unit import small
 from tests.unit.tiny_pretrain import LORA, Clips, lively, recipe
 
@@ -160,6 +164,39 @@ def test_blocks_that_hold_their_attention_train_to_the_same_bits(tmp_path, ranks
     for name in ("held", "mixed"):
         for weight, value in found["kept"].items():
             assert torch.equal(found[name][weight], value), (name, weight)
+
+
+class OneEnd:
+    """A text encoder for which the empty text is one token of ones."""
+
+    identity, dtype, text_length, text_dim = "one end", torch.float32, 12, 16
+
+    def embed(self, texts):
+        return [torch.ones(1 + len(text.split()), 16) for text in texts]
+
+
+def test_the_empty_text_is_padding_or_what_the_text_encoder_says(tmp_path):
+    assert not empty_text(recipe(tmp_path)).any()
+    path = tmp_path / "texts.safetensors"
+    add_texts(path, OneEnd(), ["a word"])
+    config = recipe(tmp_path, f"latents.empty_text={path}")
+    with pytest.raises(ValueError, match="1 texts are not in"):
+        empty_text(config)
+    add_texts(path, OneEnd(), [""])
+    assert empty_text(config).sum(1).tolist() == [16, *[0] * 11]
+
+
+def test_a_cache_is_opened_with_this_ranks_share(tmp_path, ranks, monkeypatch):
+    opened = {}
+    cache = SimpleNamespace(LatentCache=lambda folder, **how: opened.update(how, folder=folder))
+    monkeypatch.setitem(sys.modules, "megatron_kvpo.data.latents", cache)
+    config = recipe(tmp_path, "latents.folder=there")
+    open_cache(config, ranks)
+    assert opened == {"folder": Path("there"), "batch_size": 4, "seed": 3, "rank": 0,
+                      "world_size": 1, "device": ranks.device}  # fmt: skip
+    monkeypatch.setitem(sys.modules, "megatron_kvpo.data.latents", None)
+    with pytest.raises(ValueError, match=r"latents\.folder is there and this version reads no"):
+        open_cache(config, ranks)
 
 
 def test_the_curve_is_cut_where_a_run_goes_on(tmp_path, ranks):
