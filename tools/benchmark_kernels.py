@@ -186,7 +186,7 @@ class _Drawn:
     def attention(self, rows: int, tokens: int, keys: int, heads: tuple[int, int]) -> Call:
         query = self.normal(tokens, rows, *heads)
         key, value = (self.normal(rows, keys, *heads) for _ in range(2))
-        return lambda: attend(query, key, value, None)
+        return lambda: attend(query, key, value)
 
     def linear(self, x_LBD: Tensor, out: int, *, bias: bool) -> Call:
         weight, added = self.normal(out, x_LBD.shape[-1]), self.normal(out) if bias else None

@@ -28,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     log.setup(True)
     texts = [text for file in options.prompts for p in load_prompts(file) for text in p.segments]
+    texts += [""] if options.empty else []
     identity = EncoderFiles.find(options.encoder).identity()
     missing = missing_texts(options.output, texts, encoder=identity, dtype=options.dtype,
                             text_length=options.text_length)  # fmt: skip
@@ -47,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.encode_prompts",
                                      description=(__doc__ or "").split("\n")[0])  # fmt: skip
-    parser.add_argument("--prompts", type=Path, nargs="+", required=True, metavar="JSONL")
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[], metavar="JSONL")
+    parser.add_argument("--empty", action="store_true",
+                        help="the empty text too, for captions that are dropped")  # fmt: skip
     parser.add_argument("--encoder", type=Path, required=True, metavar="FOLDER",
                         help="Wan's own folder, its diffusers folder, or one of umT5")  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="SAFETENSORS")
@@ -60,6 +63,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.batch < 1:
         parser.error(f"--batch {options.batch} must be at least 1")
+    if not options.prompts and not options.empty:
+        parser.error("nothing to embed: name --prompts files, or --empty")
     return options
 
 

@@ -7,23 +7,17 @@ tokens for heads around the attention itself (Ulysses). For one rank it is the i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_kvpo.model.fused import Form, Tokens, joined, rms_rotated, rms_scaled, sum_of_squares
 from megatron_kvpo.model.lora import mark_sharded
 from megatron_kvpo.model.memory_bank import choose_frames
 from megatron_kvpo.model.pages import PassPages
+from megatron_kvpo.model.sdpa import chosen_kernels
+from megatron_kvpo.model.sight import Sight, attend_seen
 from megatron_kvpo.model.specs import Spec
-
-_KERNELS = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]  # fmt: skip
-"""The fastest first; each serves what those before it cannot."""
 
 
 class WideRMSNorm(nn.Module):
@@ -31,7 +25,7 @@ class WideRMSNorm(nn.Module):
 
     def __init__(self, dim: int, eps: float, spec: Spec) -> None:
         super().__init__()
-        self._dim, self._eps, self._spec = dim, eps, spec
+        self._dim, self._eps, self._spec, self._dtype = dim, eps, spec, spec.dtype
         self.weight = nn.Parameter(
             torch.ones(dim // spec.ranks.tensor.size, device=spec.ranks.device)
         )
@@ -40,11 +34,12 @@ class WideRMSNorm(nn.Module):
     def forward(self, x_LBD: Tensor) -> Tensor:
         """Normalise in float32: x / sqrt(mean(x^2) + eps) * weight, mean over all ranks."""
         (total,) = totals(self._spec, x_LBD)
-        return rms_scaled(x_LBD, total, self.weight, self._dim, self._eps)
+        return rms_scaled(x_LBD, total, self.weight.to(self._dtype), self._dim, self._eps)
 
     def rotated(self, x_LBD: Tensor, total_LB1: Tensor | None, table_2LE: Tensor) -> Tensor:
         """Normalise by `totals`, cut into heads, turn these by their tokens' phases: LBAE."""
-        return rms_rotated(x_LBD, total_LB1, self.weight, table_2LE, self._dim, self._eps)
+        weight_D = self.weight.to(self._dtype)
+        return rms_rotated(x_LBD, total_LB1, weight_D, table_2LE, self._dim, self._eps)
 
 
 def totals(spec: Spec, *parts_LBD: Tensor) -> Sequence[Tensor | None]:
@@ -82,12 +77,12 @@ class SelfAttention(_Attention):
 
     def forward(
         self, hidden_LBD: Tokens, table: Tensor, layer: int, pages: PassPages | None,
-        mask_LM: Tensor | None,
+        sight: Sight | None,
     ) -> Tensor:  # fmt: skip
         """[L, B, D] -> [L, B, D]. Keys: the pages read, then the pass's own frames.
 
-        Writes own keys (after rotation) and values where `pages` says. `mask_LM`: True is seen;
-        only for passes without a cache.
+        Writes own keys (after rotation) and values where `pages` says. `sight`: what each token
+        sees of the pass, by default all; only for passes without a cache.
         """
         whole = self._spec.share_input(hidden_LBD)
         query, key, value = (part(whole, shared=True) for part in (self.q, self.k, self.v))
@@ -96,10 +91,13 @@ class SelfAttention(_Attention):
         key = self.norm_k.rotated(key, of_key, table)
         value = self._heads(value)
         query, key, value = (tokens_to_heads(x, self._spec) for x in (query, key, value))
-        key, value = key.transpose(0, 1), value.transpose(0, 1)
-        if pages is not None:
-            key, value = _with_cache(query, key, value, layer, pages)
-        out_LBAE = attend(query, key, value, mask_LM)
+        if sight is not None:
+            out_LBAE = attend_seen(query, key, value, sight)
+        else:
+            key, value = key.transpose(0, 1), value.transpose(0, 1)
+            if pages is not None:
+                key, value = _with_cache(query, key, value, layer, pages)
+            out_LBAE = attend(query, key, value)
         return self.o(heads_to_tokens(out_LBAE, self._spec).flatten(-2))  # type: ignore[no-any-return]
 
     def fill(self, hidden_LBD: Tokens, table: Tensor, layer: int, pages: PassPages) -> None:
@@ -126,7 +124,7 @@ class CrossAttention(_Attention):
     def forward(self, hidden_LBD: Tokens, key_BXAE: Tensor, value_BXAE: Tensor) -> Tensor:
         """[L, B, D] -> [L, B, D]."""
         query = self._heads(self.norm_q(self.q(hidden_LBD)))
-        return self.o(attend(query, key_BXAE, value_BXAE, None).flatten(-2))  # type: ignore[no-any-return]
+        return self.o(attend(query, key_BXAE, value_BXAE).flatten(-2))  # type: ignore[no-any-return]
 
 
 def _with_cache(
@@ -151,17 +149,13 @@ def _with_cache(
     return torch.cat([cached_key, key_BLAE], dim=1), torch.cat([cached_value, value_BLAE], dim=1)
 
 
-def attend(
-    query_LBAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor, mask_LM: Tensor | None
-) -> Tensor:
+def attend(query_LBAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor) -> Tensor:
     """softmax(Q K^T / sqrt(E)) V, per row and head. Returns [L, B, A, E]."""
-    kernels = sdpa_kernel(_KERNELS, set_priority=True) if query_LBAE.is_cuda else nullcontext()
-    with kernels:
+    with chosen_kernels(query_LBAE):
         out_BALE = nn.functional.scaled_dot_product_attention(
             query_LBAE.permute(1, 2, 0, 3),
             key_BMAE.transpose(1, 2),
             value_BMAE.transpose(1, 2),
-            attn_mask=mask_LM,
         )
     return out_BALE.permute(2, 0, 1, 3)
 

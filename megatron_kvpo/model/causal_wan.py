@@ -5,6 +5,7 @@ Parameter names are those of the released weights, so a checkpoint loads without
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ from megatron_kvpo.model.lora import mark_replicated
 from megatron_kvpo.model.pages import PagePool, PassPages
 from megatron_kvpo.model.recompute import Recompute
 from megatron_kvpo.model.rope import Rotary
+from megatron_kvpo.model.sight import Sight
 from megatron_kvpo.model.specs import Spec, prepare
 
 
@@ -64,8 +66,9 @@ class CausalWan(nn.Module):
         self.blocks = nn.ModuleList(CausalBlock(config, spec) for _ in range(config.num_layers))
         patch_size = config.patch[1] * config.patch[2]
         self.head = Head(
-            dim, patch_size * config.latent_channels, config.eps, device, sequence=sequence
-        )
+            dim, patch_size * config.latent_channels, config.eps, device, sequence=sequence,
+            dtype=config.torch_dtype,
+        )  # fmt: skip
         for parameter in self.patch_embedding.parameters():
             mark_replicated(parameter, sequence=False)
         grid = config.latent_height // config.patch[1], config.latent_width // config.patch[2]
@@ -73,7 +76,7 @@ class CausalWan(nn.Module):
         self._captured, self.recompute = CapturedPasses(), Recompute()
         self.to(device)
         for name, parameter in self.named_parameters():
-            if ".adapter." not in name:  # what trains stays float32
+            if ".adapter." not in name and not spec.masters:  # what trains stays float32
                 parameter.data = parameter.data.to(config.torch_dtype)
         prepare(self)
 
@@ -96,7 +99,7 @@ class CausalWan(nn.Module):
 
     def forward(
         self, latent_BFCHW: Tensor, timestep_BF: Tensor, frames: Sequence[int], text: TextKeys,
-        pages: PassPages | None = None, mask_LM: Tensor | None = None,
+        pages: PassPages | None = None, sight: Sight | None = None,
     ) -> Tensor:  # fmt: skip
         """Velocity of noisy latent frames.
 
@@ -106,19 +109,20 @@ class CausalWan(nn.Module):
             frames: absolute latent frame numbers of the F frames.
             text: keys and values, one text a row.
             pages: cached frames to attend to, and where to leave this pass's own.
-            mask_LM: True where a token may attend to a token of the same pass.
+            sight: which tokens of the pass each of them attends to, in a pass without pages; by
+                default all.
 
         Returns:
             velocity_BFCHW, float32, whole on every tensor and context rank; nothing, [0], where
             `pages` only fills.
         """
         if stopwatch.running():
-            self._count(latent_BFCHW, pages)
+            self._count(latent_BFCHW, pages, sight)
         table = self._rotary.table(frames, latent_BFCHW.device)
         inputs = latent_BFCHW, timestep_BF, table, text.layers
-        if pages is not None and mask_LM is None and self._captures(latent_BFCHW):
+        if pages is not None and self._captures(latent_BFCHW):
             return self._captured.run(self._compute, *inputs, pages, self.spec.switch.slot)
-        return self._compute(*inputs, pages, mask_LM)
+        return self._compute(*inputs, pages, sight)
 
     def _captures(self, latent_BFCHW: Tensor) -> bool:
         """Whether a pass is worth a CUDA graph, and its weights stay where they are."""
@@ -127,7 +131,7 @@ class CausalWan(nn.Module):
 
     def _compute(
         self, latent_BFCHW: Tensor, timestep_BF: Tensor, table_2LE: Tensor, text: Layers,
-        pages: PassPages | None, mask_LM: Tensor | None = None,
+        pages: PassPages | None, sight: Sight | None = None,
     ) -> Tensor:  # fmt: skip
         """The pass itself: nothing here waits for the GPU or depends on values."""
         num_frames = latent_BFCHW.shape[1]
@@ -142,7 +146,7 @@ class CausalWan(nn.Module):
         )
         rotary = table_2LE[:, share].contiguous()
         arguments = [
-            (steps_LB6D, keys, rotary, layer, pages, mask_LM) for layer, keys in enumerate(text)
+            (steps_LB6D, keys, rotary, layer, pages, sight) for layer, keys in enumerate(text)
         ]
         if torch.is_grad_enabled():
             mode = self.model_config.recompute
@@ -158,7 +162,7 @@ class CausalWan(nn.Module):
         out_LBC = self.spec.gather_context(out_LBC)
         return unpatchify(out_LBC.float(), self.model_config.patch, self.model_config.frame_shape)
 
-    def _count(self, latent_BFCHW: Tensor, pages: PassPages | None) -> None:
+    def _count(self, latent_BFCHW: Tensor, pages: PassPages | None, sight: Sight | None) -> None:
         """Tell the stopwatch what this pass costs this rank."""
         rows, frames = latent_BFCHW.shape[:2]
         tokens, ranks = self.model_config.tokens_per_frame, self.spec.ranks
@@ -166,15 +170,18 @@ class CausalWan(nn.Module):
         graph, rank = torch.is_grad_enabled(), 0
         if self.spec.lora and self.spec.switch.slot and (graph or not self.spec.merges):
             rank = self.spec.lora[0]
-        one = pass_flops(self.model_config, frames * tokens, seen * tokens, rank, graph=graph)
+        keys = seen * tokens if sight is None else sight.num_pairs / sight.num_tokens
+        one = pass_flops(self.model_config, frames * tokens, keys, rank, graph=graph)
         if pages is not None and pages.fills_only:  # but for two small products
             one -= one // self.model_config.num_layers
         stopwatch.count(rows * one / (ranks.tensor.size * ranks.context.size), rows)
 
     def _embed(self, latent_BFCHW: Tensor) -> Tensor:
-        weight = self.patch_embedding.weight.flatten(1)
-        patches_LBC = patchify(latent_BFCHW.to(weight.dtype), self.model_config.patch)
-        return nn.functional.linear(patches_LBC, weight, self.patch_embedding.bias)
+        layer, dtype = self.patch_embedding, self.model_config.torch_dtype
+        assert layer.bias is not None
+        patches_LBC = patchify(latent_BFCHW.to(dtype), self.model_config.patch)
+        weight, bias = layer.weight.flatten(1).to(dtype), layer.bias.to(dtype)
+        return nn.functional.linear(patches_LBC, weight, bias)
 
     def _context_share(self, num_frames: int) -> slice:
         """This context rank's contiguous share of the pass's tokens."""
@@ -183,10 +190,23 @@ class CausalWan(nn.Module):
         return slice(axis.rank * count, (axis.rank + 1) * count)
 
     def _per_token(self, x_FB: Tensor, num_frames: int, share: slice) -> Tensor:
-        """Per-frame values for this rank's tokens; one value for all stays one."""
+        """Per-frame values for this rank's tokens; one value for all stays one.
+
+        Under a graph one for each run of tokens that lies in one frame, and all runs are as long:
+        values of whole frames, where ranks share no frame. Parameters behind them see this rank's
+        tokens only and are marked so.
+        """
         if x_FB.shape[0] == 1:
             return x_FB
         if x_FB.shape[0] != num_frames:
             raise ValueError(f"{x_FB.shape[0]} timesteps for {num_frames} latent frames")
-        x_LB = x_FB.repeat_interleave(self.model_config.tokens_per_frame, dim=0)[share]
-        return self.spec.local_tokens(x_LB)
+        axis, tokens = self.spec.ranks.tensor, self.model_config.tokens_per_frame
+        count, first = share.stop - share.start, share.start
+        if self.spec.sequence:
+            count //= axis.size
+            first += axis.rank * count
+        run = math.gcd(count, tokens) if torch.is_grad_enabled() else 1
+        if run == tokens and count == num_frames * tokens:
+            return x_FB
+        starts = torch.arange(first, first + count, run, device=x_FB.device)
+        return x_FB[starts // tokens]

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from megatron_kvpo.model.fused import modulated
 from megatron_kvpo.model.lora import mark_replicated
 
 
@@ -16,6 +17,12 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     rate = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
     phase = timestep.double()[..., None] * torch.exp(-math.log(10000.0) * rate)
     return torch.cat([phase.cos(), phase.sin()], dim=-1).float()
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """The layer's product in the type of x: a weight that trains is float32."""
+    assert isinstance(layer, nn.Linear)
+    return nn.functional.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 class TwoLinears(nn.ModuleDict):
@@ -33,7 +40,7 @@ class TwoLinears(nn.ModuleDict):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., D]."""
-        return self["2"](self._activation[0](self["0"](x)))  # type: ignore[no-any-return]
+        return _linear(self["2"], self._activation[0](_linear(self["0"], x)))
 
 
 class TimeProjection(nn.ModuleDict):
@@ -46,7 +53,8 @@ class TimeProjection(nn.ModuleDict):
 
     def forward(self, time_FBD: Tensor) -> Tensor:
         """[F, B, D] -> [F, B, 6, D]."""
-        return self["1"](nn.functional.silu(time_FBD)).unflatten(-1, (6, -1))  # type: ignore[no-any-return]
+        out = _linear(self["1"], nn.functional.silu(time_FBD))
+        return out.view(*out.shape[:-1], 6, -1)
 
 
 def patchify(latent_BFCHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
@@ -72,9 +80,11 @@ class Head(nn.Module):
     """Modulated norm and projection to patches of velocity."""
 
     def __init__(
-        self, dim: int, out_dim: int, eps: float, device: torch.device, *, sequence: bool
-    ) -> None:
+        self, dim: int, out_dim: int, eps: float, device: torch.device, *, sequence: bool,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self._dtype = dtype
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim, device=device))
         self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.head = nn.Linear(dim, out_dim, device=device)
@@ -82,6 +92,6 @@ class Head(nn.Module):
             mark_replicated(parameter, sequence=sequence)
 
     def forward(self, hidden_LBD: Tensor, time_LBD: Tensor) -> Tensor:
-        """[L, B, D] -> [L, B, out]; `time_LBD` may have one token to stand for all."""
-        shift, scale = (self.modulation[0] + time_LBD[:, :, None]).unbind(2)
-        return self.head(torch.addcmul(shift, self.norm(hidden_LBD), 1 + scale))  # type: ignore[no-any-return]
+        """[L, B, D] -> [L, B, out]; `time_LBD` may have fewer tokens, each for many in a row."""
+        shift, scale = (self.modulation[0].to(self._dtype) + time_LBD[:, :, None]).unbind(2)
+        return _linear(self.head, modulated(self.norm(hidden_LBD), shift, scale))

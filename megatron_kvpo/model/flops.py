@@ -5,7 +5,9 @@ from __future__ import annotations
 from megatron_kvpo.config import ModelConfig
 
 
-def forward_flops(model: ModelConfig, tokens: int, keys: int, lora_rank: int = 0) -> dict[str, int]:
+def forward_flops(
+    model: ModelConfig, tokens: int, keys: float, lora_rank: int = 0
+) -> dict[str, int]:
     """Operations of one row's forward pass, by kind: linear, attention, text, lora.
 
     A multiplication and an addition are two. The embeddings, the head and all that is elementwise
@@ -14,7 +16,7 @@ def forward_flops(model: ModelConfig, tokens: int, keys: int, lora_rank: int = 0
     Args:
         model: sizes.
         tokens: queries of the pass.
-        keys: tokens that each of them attends to.
+        keys: tokens that each of them attends to, on the mean.
         lora_rank: of adapters that act beside the weights; 0: none, or merged.
     """
     dim, wide, layers = model.hidden_dim, model.ffn_dim, model.num_layers
@@ -22,14 +24,14 @@ def forward_flops(model: ModelConfig, tokens: int, keys: int, lora_rank: int = 0
     lora = 2 * tokens * lora_rank * (6 * 2 * dim + 2 * (dim + wide))
     return {
         "linear": layers * linear,
-        "attention": layers * 4 * tokens * keys * dim,
+        "attention": layers * 4 * round(tokens * keys) * dim,
         "text": layers * 4 * tokens * model.text_length * dim,
         "lora": layers * lora,
     }
 
 
 def pass_flops(
-    model: ModelConfig, tokens: int, keys: int, lora_rank: int = 0, *, graph: bool = False
+    model: ModelConfig, tokens: int, keys: float, lora_rank: int = 0, *, graph: bool = False
 ) -> int:
     """Operations of one row's pass, with those of its backward and recomputation under a graph.
 
@@ -44,3 +46,21 @@ def pass_flops(
         return total
     backward = parts["linear"] + 2 * parts["lora"] + 2.5 * (parts["attention"] + parts["text"])
     return round(total * (2 if model.recompute is True else 1) + backward)
+
+
+def training_flops(model: ModelConfig, tokens: int, pairs: int, lora_rank: int = 0) -> int:
+    """Operations that a row's training step needs whatever it is computed by: a model's own.
+
+    Forward and the two products of each one's backward (Chowdhery et al. 2022, app. B), so nothing
+    is counted for scores or activations that are computed again. A frozen base, which `lora_rank`
+    above 0 says, has one product in backward.
+
+    Args:
+        model: sizes.
+        tokens: of the pass, clean history included.
+        pairs: of a query and a key that it sees.
+        lora_rank: of the adapters that train; 0: all weights do.
+    """
+    parts = forward_flops(model, tokens, pairs / tokens, lora_rank)
+    frozen = parts["linear"] if lora_rank else 0
+    return 3 * sum(parts.values()) - frozen

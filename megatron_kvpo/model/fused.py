@@ -88,7 +88,8 @@ def residual_norm(
 ) -> tuple[Tensor, Tokens]:  # fmt: skip
     """The sum x + update * gate, and its LayerNorm times (1 +) scale plus shift: two [L, B, D].
 
-    `shift` and `scale` broadcast over what they lack. `form`: of the normed tokens.
+    `shift` and `scale` broadcast over what they lack; under a graph they, and `gate`, may have a
+    token for each of several equal parts of x. `form`: of the normed tokens.
     """
     form = form or Form()
     if without_graph(x_LBD):
@@ -139,7 +140,20 @@ def gelu_in(x_LBD: Tensor, form: Form) -> Tokens:
 @_fused
 def _modulated_norm(x_LBD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     normed = nn.functional.layer_norm(x_LBD, x_LBD.shape[-1:], None, None, eps)
-    return torch.addcmul(shift, normed, 1 + scale)
+    return modulated(normed, shift, scale)
+
+
+def modulated(x_LBD: Tensor, shift_UBD: Tensor, scale_UBD: Tensor) -> Tensor:
+    """X (1 + scale) + shift; U is 1, L, or a number of parts of L that share one each."""
+    if shift_UBD.dim() < 3 or shift_UBD.shape[0] in (1, x_LBD.shape[0]):
+        return torch.addcmul(shift_UBD, x_LBD, 1 + scale_UBD)
+    parts = _in_parts(x_LBD, shift_UBD)
+    return torch.addcmul(shift_UBD[:, None], parts, 1 + scale_UBD[:, None]).flatten(0, 1)
+
+
+def _in_parts(x_LBD: Tensor, one_UBD: Tensor) -> Tensor:
+    """[U, L / U, B, D]."""
+    return x_LBD.reshape(one_UBD.shape[0], -1, *x_LBD.shape[1:])
 
 
 def gated_add(x_LBD: Tensor, update_LBD: Tensor, gate: Tensor | None) -> Tensor:
@@ -155,7 +169,10 @@ def gated_add(x_LBD: Tensor, update_LBD: Tensor, gate: Tensor | None) -> Tensor:
 
 @_fused
 def _gated_add(x_LBD: Tensor, update_LBD: Tensor, gate: Tensor) -> Tensor:
-    return torch.addcmul(x_LBD, update_LBD, gate)
+    if gate.shape[0] in (1, x_LBD.shape[0]):
+        return torch.addcmul(x_LBD, update_LBD, gate)
+    parts, updates = _in_parts(x_LBD, gate), _in_parts(update_LBD, gate)
+    return torch.addcmul(parts, updates, gate[:, None]).flatten(0, 1)
 
 
 @_fused

@@ -12,6 +12,7 @@ from megatron_kvpo.model.attention import CrossAttention, SelfAttention
 from megatron_kvpo.model.fused import Form, Tokens, gated_add, residual_norm
 from megatron_kvpo.model.lora import mark_replicated
 from megatron_kvpo.model.pages import PassPages
+from megatron_kvpo.model.sight import Sight
 from megatron_kvpo.model.specs import Spec
 
 
@@ -41,7 +42,7 @@ class CausalBlock(nn.Module):
     def __init__(self, config: ModelConfig, spec: Spec) -> None:
         super().__init__()
         dim, eps, device = config.hidden_dim, config.eps, spec.ranks.device
-        self._eps = eps
+        self._eps, self._dtype = eps, spec.dtype
         self.modulation = nn.Parameter(torch.zeros(1, 6, dim, device=device))
         self.self_attn = SelfAttention(dim, config.num_heads, eps, spec, "attention")
         self.norm3 = nn.LayerNorm(dim, eps, device=device)
@@ -52,19 +53,19 @@ class CausalBlock(nn.Module):
 
     def forward(
         self, hidden_LBD: Tensor, time_LB6D: Tensor, text: tuple[Tensor, Tensor], table: Tensor,
-        layer: int, pages: PassPages | None, mask_LM: Tensor | None,
+        layer: int, pages: PassPages | None, sight: Sight | None,
     ) -> Tensor:  # fmt: skip
-        """[L, B, D] -> [L, B, D]; `time_LB6D` may have one token to stand for all.
+        """[L, B, D] -> [L, B, D]; `time_LB6D` may have fewer tokens, each for as many in a row.
 
         x += gate1 * attn(LN(x)(1 + scale1) + shift1); x += cross(LN3(x), text);
         x += gate2 * ffn(LN(x)(1 + scale2) + shift2).
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[0] + time_LB6D).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self._modulations(time_LB6D).unbind(2)
         attention, crossing, eps = self.self_attn, self.cross_attn, self._eps
         _, normed = residual_norm(hidden_LBD, None, None, shift1, scale1, eps, form=attention.form)
         hidden_LBD, normed = residual_norm(
-            hidden_LBD, attention(normed, table, layer, pages, mask_LM), gate1,
-            self.norm3.bias, self.norm3.weight, eps, plus_one=False, form=crossing.form,
+            hidden_LBD, attention(normed, table, layer, pages, sight), gate1,
+            *self._text_norm(), eps, plus_one=False, form=crossing.form,
         )  # fmt: skip
         hidden_LBD, normed = residual_norm(
             hidden_LBD, crossing(normed, *text), None, shift2, scale2, eps,
@@ -72,11 +73,17 @@ class CausalBlock(nn.Module):
         )  # fmt: skip
         return gated_add(hidden_LBD, self.ffn(normed), gate2)
 
+    def _modulations(self, time_LB6D: Tensor) -> Tensor:
+        return self.modulation[0].to(self._dtype) + time_LB6D
+
+    def _text_norm(self) -> tuple[Tensor, Tensor]:
+        return self.norm3.bias.to(self._dtype), self.norm3.weight.to(self._dtype)
+
     def fill(
         self, hidden_LBD: Tensor, time_LB6D: Tensor, table: Tensor, layer: int, pages: PassPages
     ) -> None:
         """As the last block of a pass that only fills pages: no output, no graph."""
-        shift, scale = (self.modulation[0] + time_LB6D).unbind(2)[:2]
+        shift, scale = self._modulations(time_LB6D).unbind(2)[:2]
         form = self.self_attn.form
         _, normed = residual_norm(hidden_LBD, None, None, shift, scale, self._eps, form=form)
         self.self_attn.fill(normed, table, layer, pages)

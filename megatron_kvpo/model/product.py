@@ -25,8 +25,19 @@ class Weight:
     With a graph the gradient passes through the weight as it is.
     """
 
-    def __init__(self, parameter: nn.Parameter, scaling: str | None, merges: int | None) -> None:
-        """`scaling`: of 8 bits, or None. `merges`: number of this layer's dither, or None."""
+    def __init__(
+        self, parameter: nn.Parameter, scaling: str | None, merges: int | None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        """What it is computed in.
+
+        Args:
+            parameter: the weight.
+            scaling: of 8 bits, or None.
+            merges: number of this layer's dither, or None.
+            dtype: of products, by default the parameter's; one that trains is float32.
+        """
+        self._dtype = dtype
         self.parameter, self.scaling, self.merges = parameter, scaling, merges
         self.acts_merged = False
         """Whether passes without a graph use the merged weight, and so no adapter."""
@@ -93,7 +104,13 @@ class Weight:
 
     def value(self, merged: bool) -> Tensor:
         """[N, K], with the adapter merged or bare."""
-        return self._merged if merged and self._merged is not None else self.parameter.detach()
+        if merged and self._merged is not None:
+            return self._merged
+        return self.cast(self.parameter.detach())
+
+    def cast(self, x: Tensor) -> Tensor:
+        """The weight or its bias in the type that is computed with."""
+        return x if self._dtype is None else x.to(self._dtype)
 
     def _product(self, merged: bool) -> Product:
         if merged:
@@ -143,7 +160,7 @@ def product(
         pair = (None, None) if acting is None else (acting.down, acting.up)
         out = _Product.apply(x, *pair, bias, weight, adapter, partition, group)  # type: ignore[no-untyped-call]
     elif acting is None:
-        out = nn.functional.linear(x, weight.parameter, bias)
+        out = nn.functional.linear(x, weight.cast(weight.parameter), bias)
     else:
         raise RuntimeError("a weight that trains has an adapter that acts: freeze the base")
     return out if gelu is None else nn.functional.gelu(out, approximate="tanh")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from megatron_kvpo.model.product import Weight, product
 from megatron_kvpo.parallel.groups import Axis, Ranks
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
-    """What Megatron's layers and optimizer need to know of the model."""
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, *, masters: bool = False
+) -> TransformerConfig:
+    """What Megatron's layers and optimizer need to know of the model. `masters`: see Spec."""
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_dim,
@@ -30,7 +33,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig) -> Transfor
         tensor_model_parallel_size=parallel.tensor,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        params_dtype=model.torch_dtype,
+        params_dtype=torch.float32 if masters else model.torch_dtype,
         use_cpu_initialization=True,
         perform_initialization=False,
         hidden_dropout=0.0,
@@ -62,10 +65,17 @@ class Spec:
     merges: bool = False
     """Whether passes without a graph have the acting adapter in their weights: policy.merge."""
 
+    dtype: torch.dtype = torch.float32
+    """That is computed with: model.dtype."""
+
+    masters: bool = False
+    """Whether the base trains, and so is float32 whatever it is computed in."""
+
     @staticmethod
     def build(
-        model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, policy: PolicyConfig | None
-    ) -> Spec:
+        model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, policy: PolicyConfig | None,
+        *, masters: bool = False,
+    ) -> Spec:  # fmt: skip
         """Spec of a model that trains by `policy`; None builds bare layers, for pre-training."""
         check_layout(model, parallel)
         lora, merges, swaps = None, False, False
@@ -76,8 +86,9 @@ class Spec:
         if model.fp8:
             check_scaling(model.fp8_scaling, model.torch_dtype, ranks.device)
         return Spec(
-            transformer_config(model, parallel), ranks, Switch(), lora, eight_bits=model.fp8,
-            scaling=model.fp8_scaling, swaps=swaps, merges=merges,
+            transformer_config(model, parallel, masters=masters), ranks, Switch(), lora,
+            eight_bits=model.fp8, scaling=model.fp8_scaling, swaps=swaps, merges=merges,
+            dtype=model.torch_dtype, masters=masters,
         )  # fmt: skip
 
     @property
@@ -119,15 +130,6 @@ class Spec:
     def share_input(self, x_LBD: Tokens) -> Tokens:
         """What several column layers take at once; they are then told that it is `shared`."""
         return _share_input(x_LBD, self.ranks.tensor, sequence=self.sequence)
-
-    def local_tokens(self, x_LB: Tensor) -> Tensor:
-        """split_tokens for what every rank computes alike: no gradient travels between ranks.
-
-        Parameters behind it see their own tokens only and are marked so.
-        """
-        if not self.sequence:
-            return x_LB
-        return x_LB.chunk(self.ranks.tensor.size)[self.ranks.tensor.rank]
 
     def gather_context(self, x_LBD: Tensor) -> Tensor:
         """All tokens of a pass, from the context ranks' shares; backward keeps the own share."""
@@ -194,7 +196,7 @@ class _Adapted(nn.Module):
         if scaling is not None:
             check_sizes(out_dim, in_dim)
         merges = len(spec.switch.adapters) if spec.merges else None
-        self._held = Weight(self.weight, scaling, merges)
+        self._held = Weight(self.weight, scaling, merges, spec.dtype if spec.masters else None)
         self.adapter = None
         if spec.lora is not None:
             rank, alpha = spec.lora
@@ -226,6 +228,7 @@ class _Adapted(nn.Module):
     def product(self, x: Tokens, bias: Tensor | None, gelu: Form | None = None) -> Any:
         """This rank's part. Under sequence parallelism Megatron sums the adapter's gradients."""
         group = None if self._sequence or self._axis.size == 1 else self._axis.group
+        bias = None if bias is None else self._held.cast(bias)
         return product(
             x, self._held, bias, self.adapter, gelu=gelu, partition=self._partition, group=group
         )
@@ -259,7 +262,7 @@ class _Row(_Adapted, RowParallelLinear):  # type: ignore[misc]
             whole = mappings.reduce_scatter_to_sequence_parallel_region(part, group=group)
         else:
             whole = mappings.reduce_from_tensor_model_parallel_region(part, group)
-        return whole + self.bias  # type: ignore[no-any-return]
+        return whole + self._held.cast(self.bias)  # type: ignore[no-any-return]
 
 
 def _share_input(x_LBD: Tokens, axis: Axis, *, sequence: bool) -> Tokens:

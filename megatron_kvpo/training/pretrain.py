@@ -1,386 +1,289 @@
-"""Train the small causal generator of the shapes world on decoded videos, then keep its weights.
+"""Train a causal streaming generator on videos: from a Wan checkpoint, or from nothing.
 
     python -m megatron_kvpo.training.pretrain examples/shapes/pretrain.yaml [section.key=value ...]
+    torchrun --nproc_per_node 8 -m megatron_kvpo.training.pretrain examples/wan/pretrain_1.3b.yaml
 
-Writes videos if there are none, decodes them with DALI, fits the codec, then the transformer by
-causal flow matching: each noisy block sees the clean blocks before it through the streaming
-window. The last part of training replaces clean history and noisy states by the model's own
-estimates, which is what a few-step streaming generator meets when it runs.
+Causal flow matching: each noisy block sees the clean blocks before it through the streaming window
+(forcing.py). The last part of training may replace clean history and noisy states by the model's
+own estimates, which is what a few-step streaming generator meets when it runs. docs/pretraining.md.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log, settings
-from megatron_kvpo.config import (
-    CodecConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    StreamConfig,
-)
+from megatron_kvpo.checkpoint.state import load, newest, save
+from megatron_kvpo.data.embeddings import EmbeddingCache
+from megatron_kvpo.data.latents import LatentCache
 from megatron_kvpo.data.prompts import load_prompts
-from megatron_kvpo.data.shapes import write_dataset
-from megatron_kvpo.data.video import ClipSpec, VideoPipeline, load_videos
-from megatron_kvpo.flow import add_noise, clean_from_velocity, sampler_sigmas, timestep
-from megatron_kvpo.method_config import check_positive
-from megatron_kvpo.model.causal_wan import CausalWan
-from megatron_kvpo.model.codec import ShapesCodec, load_codec, save_codec
-from megatron_kvpo.model.specs import Spec
-from megatron_kvpo.model.text_encoder import WordEncoder
-from megatron_kvpo.model.weights import initialise, save_weights
+from megatron_kvpo.model.codec import ShapesCodec
+from megatron_kvpo.model.specs import check_layout
+from megatron_kvpo.parallel.collect import mean_over
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
-from megatron_kvpo.routing import plain_context
-from megatron_kvpo.training.codec_fit import fit_codec
-from megatron_kvpo.training.optimizer import Optimizer, build_optimizer
+from megatron_kvpo.records import LatentStream
+from megatron_kvpo.training.learner import Learner
+from megatron_kvpo.training.pretrain_config import FittingConfig, PretrainConfig
 from megatron_kvpo.training.samples import Sampler, plot_curve
+from megatron_kvpo.training.shapes_corpus import load_corpus
+
+__all__ = ["PretrainConfig", "pretrain"]
 
 logger = log.get_logger(__name__)
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VideosConfig:
-    """The training videos."""
-
-    folder: Path = Path("data/shapes")
-    """Holds manifest.jsonl and the files; written when it is not there."""
-
-    count: int = 4096
-    seed: int = 7
-    codec: Literal["vp9", "h264"] = "vp9"
-    size: int = 32
-    """Pixel frames are square, size x size."""
+StreamOpener = Callable[[PretrainConfig, Ranks], LatentStream]
+"""Opens this data rank's stream."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FittingConfig:
-    """How long and on what."""
+class Signals:
+    """Whether the process was asked to end (SIGTERM): the step in the making is finished first."""
 
-    codec_steps: int = 1500
-    codec_batch: int = 32
-    steps: int = 12000
-    batch_size: int = 128
-    max_seconds: float = 0.0
-    """Wall-clock budget of the transformer's training; the schedule follows it. 0: by steps."""
+    def __init__(self) -> None:
+        self.asked = False
 
-    sampler_levels: float = 0.8
-    """Share of blocks trained at the sampler's own noise levels; the rest at any level."""
+    @contextmanager
+    def watched(self) -> Iterator[Signals]:
+        """Inside, SIGTERM only sets `asked`. Outside the main thread nothing is watched."""
+        try:
+            before = signal.signal(signal.SIGTERM, self._ask)
+        except ValueError:  # only the main thread may
+            yield self
+            return
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
-    own_estimates_from: float = 0.6
-    """Share of training after which the model's own estimates come in."""
-
-    own_history: float = 0.5
-    """Then: share of history blocks replaced by the model's estimate."""
-
-    own_states: float = 0.5
-    """Then: share of noisy states that start from the estimate of the step before."""
-
-    caption_noise: float = 0.15
-    """Share of samples that get another video's caption."""
-
-    ema_decay: float = 0.999
-    sample_every: int = 2000
-    autocast: bool = False
-    """bfloat16 matrix products; for GPUs."""
-
-    def __post_init__(self) -> None:
-        check_positive("fitting", steps=self.steps, batch_size=self.batch_size,
-                       codec_steps=self.codec_steps)  # fmt: skip
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
-    """The root of a pre-training recipe."""
+class Loop:
+    """The steps of one run, and where it stands."""
 
-    name: str = "pretrain"
-    folder: Path = Path("runs")
-    seed: int = 42
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    samples: Path = Path("examples/shapes/prompts_dev.jsonl")
-    """Prompts shown and scored on the way."""
+    def __init__(
+        self, config: PretrainConfig, learner: Learner, stream: LatentStream,
+        sampler: Sampler | None,
+    ) -> None:  # fmt: skip
+        self._config, self._learner, self._sampler = config, learner, sampler
+        self._fitting: FittingConfig = config.fitting
+        self._ranks, self._stream = learner.ranks, stream
+        self._folder, self._curve = config.run_folder, config.run_folder / "curve.jsonl"
+        self.step = 0
+        """Steps done."""
 
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    stream: StreamConfig = field(default_factory=StreamConfig)
-    videos: VideosConfig = field(default_factory=VideosConfig)
-    fitting: FittingConfig = field(default_factory=FittingConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+        self._seconds = 0.0
+        """Spent by runs before this one."""
 
-    def __post_init__(self) -> None:
-        if self.model.fp8:
+        self._loss = torch.zeros((), device=self._ranks.device)
+        self._since = 0
+        """Sum of the losses since the last line of the curve, and of how many steps."""
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one. ValueError for another run's."""
+        found = newest(self._folder / "checkpoints") if self._config.checkpoint.resume else None
+        if found is None:
+            return
+        tree = self._learner.sharded_state()
+        tree["run"] = {}
+        state = load(found, tree, self._ranks)
+        self._check(found, state["run"])
+        self._learner.load_state(state)
+        saved = state["run"]
+        self.step, self._seconds = int(saved["step"]), float(saved["seconds"])
+        self._since = int(saved["since"])
+        self._loss.fill_(saved["loss"] if self._ranks.data.rank == 0 else 0.0)
+        logger.info("resuming from %s: %d steps are done", found, self.step)
+
+    def _check(self, found: Path, saved: dict[str, Any]) -> None:
+        other = "give it another name, or set checkpoint.resume=false"
+        if saved["seed"] != self._config.seed:
             raise ValueError(
-                f"model.fp8 is {list(self.model.fp8)}: products in 8 bits need a frozen base, and "
-                "pre-training trains it; leave model.fp8 out"
+                f"{found} belongs to a run of seed {saved['seed']}, this one has seed "
+                f"{self._config.seed}: {other}"
+            )
+        if saved["data"] != self._stream.fingerprint():
+            raise ValueError(
+                f"{found} was trained on the data set {saved['data']}, this run has "
+                f"{self._stream.fingerprint()}: name the same videos and codec, {other}"
+            )
+        if saved["step"] > self._fitting.steps:
+            raise ValueError(
+                f"{found} has {saved['step']} steps behind it, fitting.steps is "
+                f"{self._fitting.steps}: raise it, {other}"
             )
 
-    @property
-    def run_folder(self) -> Path:
-        """Where this run writes."""
-        return self.folder / self.name
+    def run(self) -> bool:
+        """All steps that are left; False if SIGTERM ended them early. A checkpoint is left."""
+        started, first = time.monotonic() - self._seconds, self.step
+        cut_curve(self._curve, first, self._ranks)
+        progress = log.Progress(self._fitting.steps, first=is_first(self._ranks), start=first,
+                                label="step")  # fmt: skip
+        with Signals().watched() as signals, progress:
+            batches = self._stream.batches(first)
+            done, asked = self._agree(started, signals)
+            while done < 1 and not asked:
+                own = done >= self._fitting.own_estimates_from
+                loss = self._learner.train_step(next(batches), self.step, own=own,
+                                                scale=self._scale(done))  # fmt: skip
+                self._loss += loss
+                self._since += 1
+                self.step += 1
+                self._seconds = time.monotonic() - started
+                done, asked = self._agree(started, signals)
+                if self.step % self._fitting.log_every == 0 or done >= 1:
+                    self._report(progress)
+                self._show(last=done >= 1)
+                self._save(last=done >= 1 or asked)
+        if asked:
+            kept = "saved" if self._config.checkpoint.every else "lost, as checkpoint.every is 0"
+            logger.warning("asked to end by SIGTERM: %d steps are done and %s", self.step, kept)
+        return not asked
+
+    def _agree(self, started: float, signals: Signals) -> tuple[float, bool]:
+        """Share of the schedule that is done, and whether to end: the same on all ranks."""
+        limit = self._fitting.max_seconds
+        spent = (time.monotonic() - started) / limit if limit else 0.0
+        told = torch.tensor([spent, float(signals.asked)], dtype=torch.float64)
+        if self._ranks.world > 1:
+            told = told.to(self._ranks.device)
+            dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        spent, asked = told.tolist()
+        return max(self.step / self._fitting.steps, spent), bool(asked)
+
+    def _scale(self, done: float) -> float:
+        if self._fitting.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 0.01
+
+    def _report(self, progress: log.Progress) -> None:
+        mean = float(mean_over(self._loss, self._ranks.data)) / self._since
+        self._loss.zero_()
+        self._since = 0
+        if not math.isfinite(mean):
+            raise ValueError(f"the loss is {mean} at step {self.step}: lower optimizer.lr")
+        progress.update(self.step, loss=mean)
+        append(self._curve, self._ranks, step=self.step, loss=mean, seconds=self._seconds)
+
+    def _show(self, *, last: bool) -> None:
+        every = self._fitting.sample_every
+        if self._sampler is None or not (last or self.step % every == 0):
+            return
+        with self._learner.averaged():
+            scores = self._sampler.show(self._folder / f"samples_{self.step:06d}.png")
+        append(self._curve, self._ranks, step=self.step, **scores)
+        logger.info("step %d: %s", self.step, scores)
+
+    def _save(self, *, last: bool) -> None:
+        checkpoint = self._config.checkpoint
+        if not checkpoint.every or not (last or self.step % checkpoint.every == 0):
+            return
+        tree = self._learner.sharded_state()
+        tree["run"] = {
+            "step": self.step, "seed": self._config.seed, "seconds": self._seconds,
+            "data": self._stream.fingerprint(), "since": self._since,
+            "loss": float(self._ranks.data.size * mean_over(self._loss, self._ranks.data)),
+        }  # fmt: skip
+        save(self._folder / "checkpoints", self.step, tree, self._ranks, checkpoint.keep)
 
 
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """Encoded videos and the segments they are told in."""
-
-    latent_NFCHW: Tensor
-    segment_S3: Tensor
-    """(video, first frame, one past the last) of each segment."""
-
-    text_SXD: Tensor
-
-
-def window_mask(stream: StreamConfig, tokens_per_frame: int) -> Tensor:
-    """What [clean frames, noisy frames] may attend to: [2F tokens, 2F tokens], True is seen.
-
-    A block, clean or noisy, sees itself and the clean frames its streaming window holds.
-    """
-    total, size = stream.num_frames, stream.block_frames
-    seen = torch.zeros(2 * total, 2 * total, dtype=torch.bool)
-    for start in range(0, total, size):
-        block = slice(start, start + size)
-        noisy = slice(total + start, total + start + size)
-        seen[block, plain_context(start, stream)] = True
-        seen[noisy, plain_context(start, stream)] = True
-        seen[block, block] = True
-        seen[noisy, noisy] = True
-    return seen.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)
-
-
-def load_corpus(config: PretrainConfig, codec: ShapesCodec, device: torch.device) -> Corpus:
-    """Write the videos if need be, decode them through DALI, fit the codec, encode everything.
-
-    A codec whose file is named (codec.weights) is taken as it is.
-    """
-    videos = config.videos
-    if not (videos.folder / "manifest.jsonl").is_file():
-        logger.info("writing %d videos to %s", videos.count, videos.folder)
-        write_dataset(videos.folder, videos.count, videos.seed, codec=videos.codec,
-                      num_latent_frames=config.stream.num_frames, size=videos.size,
-                      workers=os.cpu_count() or 1)  # fmt: skip
-    started = time.monotonic()
-    clip = ClipSpec(num_pixel_frames=codec.num_pixel_frames(config.stream.num_frames),
-                    size=(videos.size, videos.size), dtype=torch.uint8)  # fmt: skip
-    pipeline = VideoPipeline(videos.folder, clip, batch_size=64, shuffle=False,
-                             num_threads=os.cpu_count() or 1)  # fmt: skip
-    video_NCFHW = load_videos(pipeline)
-    logger.info("decoded %d videos in %.0f s", len(video_NCFHW), time.monotonic() - started)
-    if config.codec.weights is None:
-        _fit_codec(config, codec, video_NCFHW, device)
-    with torch.no_grad():
-        latents = [
-            codec.encode(part.to(device).float() / 127.5 - 1)
-            for part in torch.split(video_NCFHW, 64)
-        ]
-    return _with_segments(config, torch.cat(latents), [f.index for f in pipeline.report.good])
-
-
-def _fit_codec(
-    config: PretrainConfig, codec: ShapesCodec, video_NCFHW: Tensor, device: torch.device
-) -> None:
-    fitting = config.fitting
-    curve = fit_codec(codec, video_NCFHW.permute(0, 2, 3, 4, 1), steps=fitting.codec_steps,
-                      batch_size=fitting.codec_batch, device=device, seed=config.seed)  # fmt: skip
-    logger.info("codec: %.1f dB after %d steps", curve["psnr"][-1], fitting.codec_steps)
-
-
-def _with_segments(config: PretrainConfig, latent_NFCHW: Tensor, entries: list[int]) -> Corpus:
-    lines = (config.videos.folder / "manifest.jsonl").read_text().splitlines()
-    encoder = WordEncoder(config.model.text_dim, config.model.text_length)
-    segments, texts = [], []
-    for row, entry in enumerate(entries):
-        item = json.loads(lines[entry])
-        starts = [0, *item["switch_frames"], config.stream.num_frames]
-        for text, first, stop in zip(item["segments"], starts, starts[1:], strict=False):
-            segments.append((row, first, stop))
-            texts.append(text)
-    device = latent_NFCHW.device
-    return Corpus(latent_NFCHW, torch.tensor(segments, device=device),
-                  encoder.encode(texts).to(device))  # fmt: skip
-
-
-class Trainer:
-    """Causal flow matching with the streaming window."""
-
-    def __init__(self, config: PretrainConfig, model: CausalWan, corpus: Corpus) -> None:
-        self.config, self.model, self.corpus = config, model, corpus
-        ranks = model.spec.ranks
-        self._device = ranks.device
-        self._rng = torch.Generator(self._device).manual_seed(config.seed * 1000 + ranks.data.rank)
-        stream = config.stream
-        self._mask = window_mask(stream, config.model.tokens_per_frame).to(self._device)
-        self._sigmas = torch.tensor(sampler_sigmas(stream.steps, stream.shift), device=self._device)
-        self._frames = [*range(stream.num_frames), *range(stream.num_frames)]
-
-    def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self._rng, device=self._device)
-
-    def _normal(self, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=self._rng, device=self._device)
-
-    def loss(self, *, own_estimates: bool) -> Tensor:
-        """Mean squared velocity error over the frames of one segment of each video."""
-        fitting, stream = self.config.fitting, self.config.stream
-        picked = self._pick(len(self.corpus.segment_S3), fitting.batch_size)
-        video, first, stop = self.corpus.segment_S3[picked].unbind(1)
-        clean = self.corpus.latent_NFCHW[video]
-        told = torch.where(self._uniform(len(picked)) < fitting.caption_noise,
-                           self._pick(len(self.corpus.text_SXD), len(picked)), picked)  # fmt: skip
-        text = self.model.encode_text(self.corpus.text_SXD[told])
-        shape = (len(picked), stream.num_frames // stream.block_frames)
-        step = (self._uniform(*shape) * len(self._sigmas)).long()
-        anywhere = self._uniform(*shape) >= fitting.sampler_levels
-        free = self._uniform(*shape)
-        free = stream.shift * free / (1 + (stream.shift - 1) * free)
-        sigma = torch.where(anywhere, free.clamp_min(0.02), self._sigmas[step])
-        state = add_noise(clean, self._normal(clean), self._per_frame(sigma))
-        history = clean
-        if own_estimates:
-            estimate = self._estimate(clean, text, (step - 1).clamp_min(0))
-            late = step >= len(self._sigmas) - 2  # estimates at high noise are no fit history
-            own = late & (self._uniform(*shape) < fitting.own_history)
-            history = torch.where(self._per_frame(own), estimate, clean)
-            own = ~anywhere & (step > 0) & (self._uniform(*shape) < fitting.own_states)
-            fresh = add_noise(estimate, self._normal(clean), self._per_frame(sigma))
-            state = torch.where(self._per_frame(own), fresh, state)
-        velocity = self._velocity(history, state, sigma, text)
-        target = (state - clean) / self._per_frame(sigma)
-        error_BF = (velocity.float() - target).square().mean(dim=(2, 3, 4))
-        frame = torch.arange(stream.num_frames, device=self._device)
-        inside = (frame >= first[:, None]) & (frame < stop[:, None])
-        return (error_BF * inside).sum() / inside.sum()
-
-    def _pick(self, size: int, count: int) -> Tensor:
-        return (self._uniform(count) * size).long()
-
-    def _per_frame(self, per_block: Tensor) -> Tensor:
-        """[B, blocks] -> [B, F, 1, 1, 1]."""
-        wide = per_block.repeat_interleave(self.config.stream.block_frames, dim=1)
-        return wide[:, :, None, None, None]
-
-    @torch.no_grad()
-    def _estimate(self, clean: Tensor, text: object, step: Tensor) -> Tensor:
-        """The model's own clean estimate of every block, from noise at the sampler's levels."""
-        sigma = self._sigmas[step]
-        state = add_noise(clean, self._normal(clean), self._per_frame(sigma))
-        velocity = self._velocity(clean, state, sigma, text)
-        return clean_from_velocity(state, velocity.float(), self._per_frame(sigma))
-
-    def _velocity(self, history: Tensor, state: Tensor, sigma: Tensor, text: object) -> Tensor:
-        """Velocity of the noisy half of [history, state]."""
-        time_BF = timestep(sigma).repeat_interleave(self.config.stream.block_frames, dim=1)
-        time_BF = torch.cat([torch.zeros_like(time_BF), time_BF], dim=1)
-        both = torch.cat([history, state], dim=1)
-        out = self.model(both, time_BF, self._frames, text, None, self._mask)
-        return out[:, state.shape[1] :]  # type: ignore[no-any-return]
-
-
-class Average:
-    """Exponential moving average of the trained weights."""
-
-    def __init__(self, model: CausalWan, decay: float) -> None:
-        self._live = [p for p in model.parameters() if p.requires_grad]
-        self._mean = [p.detach().clone() for p in self._live]
-        self._decay = decay
-
-    def update(self, step: int) -> None:
-        """Take the current weights in; early on the average is shorter."""
-        keep = min(self._decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._mean, [p.detach() for p in self._live], 1 - keep)
-
-    @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the live weights and the average."""
-        for live, mean in zip(self._live, self._mean, strict=True):
-            held = live.detach().clone()
-            live.copy_(mean)
-            mean.copy_(held)
-
-
-def fit(config: PretrainConfig, model: CausalWan, trainer: Trainer, sampler: Sampler) -> None:
-    """Run the schedule; leave the averaged weights in the model and curve.jsonl in the folder."""
-    fitting, ranks = config.fitting, model.spec.ranks
-    optimizer = build_optimizer(model, model.config, config.optimizer, ranks)
-    average, started = Average(model, fitting.ema_decay), time.monotonic()
-    curve = config.run_folder / "curve.jsonl"
-    recent: list[Tensor] = []
-    done, step = 0.0, 0
-    with log.Progress(fitting.steps, first=is_first(ranks), label="step") as progress:
-        while done < 1.0:
-            loss = _train_step(config, trainer, optimizer, step, done)
-            average.update(step)
-            recent.append(loss)
-            step += 1
-            spent = (time.monotonic() - started) / fitting.max_seconds if fitting.max_seconds else 0
-            done = max(step / fitting.steps, spent)
-            if step % 100 == 0 or done >= 1.0:
-                mean = torch.stack(recent).mean().item()
-                recent.clear()
-                if not math.isfinite(mean):
-                    raise ValueError(f"the loss is {mean} at step {step}: lower optimizer.lr")
-                progress.update(step, loss=mean)
-                _append(curve, ranks, step=step, loss=mean, seconds=time.monotonic() - started)
-            if step % fitting.sample_every == 0 or done >= 1.0:
-                average.swap()
-                scores = sampler.show(config.run_folder / f"samples_{step:06d}.png")
-                _append(curve, ranks, step=step, **scores)
-                logger.info("step %d: %s", step, scores)
-                if done < 1.0:
-                    average.swap()
-
-
-def _train_step(
-    config: PretrainConfig, trainer: Trainer, optimizer: Optimizer, step: int, done: float
-) -> Tensor:
-    fitting = config.fitting
-    optimizer.zero_grad()
-    with torch.autocast(trainer.model.spec.ranks.device.type, torch.bfloat16, fitting.autocast):
-        loss = trainer.loss(own_estimates=done >= fitting.own_estimates_from)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.finalize()
-    optimizer.step(step, scale=0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 0.01)
-    return loss.detach()
-
-
-def _append(path: Path, ranks: Ranks, **values: float) -> None:
+def append(path: Path, ranks: Ranks, **values: float) -> None:
+    """Add a line to a curve.jsonl; the first rank does."""
     if is_first(ranks):
         with path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
 
-def pretrain(config: PretrainConfig) -> None:
-    """The whole recipe, from videos to weights."""
+def cut_curve(path: Path, step: int, ranks: Ranks) -> None:
+    """Drop the lines of steps after `step`, which a run that resumes there writes again."""
+    if is_first(ranks) and path.is_file():
+        lines = [x for x in path.read_text().splitlines() if json.loads(x)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in lines if step))
+
+
+def empty_text(config: PretrainConfig) -> Tensor:
+    """What stands for a caption that is dropped, [X, D]. ValueError for embeddings without it."""
+    model, path = config.model, config.latents.empty_text
+    if path is None:
+        return torch.zeros(model.text_length, model.text_dim)
+    found = EmbeddingCache(path, text_dim=model.text_dim, text_length=model.text_length)
+    return found.encode([""])[0]
+
+
+def open_cache(config: PretrainConfig, ranks: Ranks) -> LatentStream:
+    """The cache of latents at latents.folder. ValueError if it cannot be read."""
+    assert config.latents.folder is not None
+    return LatentCache(
+        config.latents.folder, batch_size=config.fitting.batch_size, seed=config.seed,
+        rank=ranks.data.rank, world_size=ranks.data.size, device=ranks.device,
+    )  # fmt: skip
+
+
+def check_recipe(config: PretrainConfig, ranks: Ranks) -> None:
+    """ValueError for sizes that do not divide over these ranks."""
+    check_layout(config.model, config.parallel, config.stream.block_frames)
+    if config.fitting.batch_size % ranks.data.size:
+        raise ValueError(
+            f"fitting.batch_size {config.fitting.batch_size} does not divide over "
+            f"{ranks.data.size} data ranks: use a multiple of {ranks.data.size}"
+        )
+
+
+def pretrain(config: PretrainConfig, open_stream: StreamOpener | None = None) -> Path | None:
+    """The whole recipe, from encoded videos to weights.
+
+    Args:
+        config: the recipe.
+        open_stream: where batches come from, instead of latents.folder or the shapes world.
+
+    Returns:
+        What was written, or None if SIGTERM ended the run; then a checkpoint is there.
+    """
     ranks = start_ranks(config.parallel, config.device)
+    check_recipe(config, ranks)
     config.run_folder.mkdir(parents=True, exist_ok=True)
     log.setup(is_first(ranks), config.run_folder)
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
-    settings.dump(config, config.run_folder / "config.yaml")
-    codec = load_codec(config.codec, config.model.latent_channels).to(ranks.device)
-    corpus = load_corpus(config, codec, ranks.device)
-    save_codec(codec, config.run_folder / "codec.safetensors", torch.bfloat16)
-    model = CausalWan(config.model, Spec.build(config.model, config.parallel, ranks, None))
-    initialise(model, config.seed)
-    sampler = Sampler(model, codec.eval(), config.stream, load_prompts(config.samples))
-    fit(config, model, Trainer(config, model, corpus), sampler)
-    note = {"made_by": "python -m megatron_kvpo.training.pretrain", "seed": str(config.seed)}
-    save_weights(model, config.run_folder / "transformer.safetensors", torch.bfloat16, note)
     if is_first(ranks):
-        plot_curve(config.run_folder / "curve.jsonl")
-    logger.info("weights and curve are in %s", config.run_folder)
+        settings.dump(config, config.run_folder / "config.yaml")
+    stream: LatentStream
+    codec: ShapesCodec | None = None
+    if open_stream is None and config.latents.folder is not None:
+        open_stream = open_cache
+    if open_stream is None:
+        stream, codec = load_corpus(config, ranks)
+    else:
+        stream = open_stream(config, ranks)
+    learner = Learner.build(config, ranks, empty_text(config))
+    sampler = None
+    if codec is not None and config.fitting.sample_every:
+        prompts = load_prompts(config.samples)
+        sampler = Sampler(learner.model, codec.eval(), config.stream, prompts)
+    loop = Loop(config, learner, stream, sampler)
+    loop.resume()
+    written = None
+    if loop.run():
+        note = {"made_by": "python -m megatron_kvpo.training.pretrain", "seed": str(config.seed)}
+        written = learner.export(config.run_folder, note)
+        if is_first(ranks):
+            plot_curve(config.run_folder / "curve.jsonl")
+        logger.info("weights and curve are in %s", config.run_folder)
     stop_ranks()
+    return written
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ GOLDEN = ROOT / "tests" / "golden" / "default_config.yaml"
 
 RECIPES: tuple[tuple[str, str, str], ...] = (
     ("examples/*/pretrain*.yaml", "megatron_kvpo.training.pretrain", "PretrainConfig"),
+    ("examples/*/few_step*.yaml", "megatron_kvpo.training.pretrain", "PretrainConfig"),
     ("examples/**/*.yaml", "megatron_kvpo.config", "RunConfig"),
 )
 """Glob from the root, module and class that reads the recipe. The first that matches counts."""

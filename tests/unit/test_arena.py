@@ -108,7 +108,8 @@ def test_a_replay_goes_backward_through_lent_pages_as_without(ranks, monkeypatch
         pages = list(sampled.prefix.tables[0].pages.values())
         before = tiny.world.pool.key[:, pages].clone()
         if lends:
-            monkeypatch.setattr(Recompute, "_kept", lambda self, mode, hidden, blocks: (blocks, 0))
+            kept = lambda self, mode, hidden, blocks: (blocks, 0, 0)  # noqa: E731
+            monkeypatch.setattr(Recompute, "_kept", kept)
             reset = Arena.reset
             monkeypatch.setattr(
                 Arena, "reset", lambda self, r=reset: (used.append(sum(self._used)), r(self))

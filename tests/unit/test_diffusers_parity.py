@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_kvpo.config import ModelConfig, ParallelConfig
+from megatron_kvpo.config import ModelConfig, ParallelConfig, StreamConfig
 from megatron_kvpo.model.causal_wan import CausalWan
+from megatron_kvpo.model.sight import diffusion_sight
 from megatron_kvpo.model.specs import Spec
 from megatron_kvpo.model.weights import base_parameters
 from megatron_kvpo.parallel.seeds import noise
@@ -99,15 +100,15 @@ def test_one_block_causal_pass_is_diffusers_skyreels(ranks, head_dim):
     other = theirs(SkyReelsV2Transformer3DModel, model, num_frame_per_block=BLOCK)
     latent, text = inputs(model.model_config)
     time_BF = torch.tensor([[0.0, 0, 0, 625, 625, 625], [937.5, 937.5, 937.5, 1000, 1000, 1000]])
-    block_L = torch.arange(FRAMES).repeat_interleave(model.model_config.tokens_per_frame) // BLOCK
-    mask_LM = block_L[None, :] <= block_L[:, None]
+    stream = StreamConfig(num_frames=FRAMES, block_frames=BLOCK, resident_frames=12)
+    sight = diffusion_sight(stream, model.model_config.tokens_per_frame)
     keys = model.encode_text(text)
-    ours = model(latent, time_BF, range(FRAMES), keys, mask_LM=mask_LM)
+    ours = model(latent, time_BF, range(FRAMES), keys, sight=sight)
     expected = other(
         latent.transpose(1, 2), time_BF, text, enable_diffusion_forcing=True, return_dict=False
     )[0]
     assert error(ours, expected) < LIMIT
-    assert error(model(latent, time_BF, range(FRAMES), keys), expected) > 1e-3  # without the mask
+    assert error(model(latent, time_BF, range(FRAMES), keys), expected) > 1e-3  # all see all
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ def test_streaming_over_the_whole_history_is_the_block_causal_pass(ranks):
     """The cached path against diffusers: clean blocks in pages, then one noisy block."""
     from diffusers import SkyReelsV2Transformer3DModel
 
-    from megatron_kvpo.config import RoutingConfig, StreamConfig
+    from megatron_kvpo.config import RoutingConfig
     from megatron_kvpo.rollout.stream import Stream, new_world
 
     model = build(sizes(head_dim=16, num_layers=3), ranks)

@@ -148,3 +148,10 @@ def test_the_tool_writes_what_umt5_says_and_loads_it_only_when_needed(tmp_path, 
     assert encode_prompts.main(arguments) == 0
     with pytest.raises(ValueError, match="text_length 12, not 13"):
         encode_prompts.main([*arguments, "--text-length", "13"])
+    monkeypatch.undo()
+    assert "" not in cache
+    assert encode_prompts.main([*arguments[2:], "--empty"]) == 0
+    found = EmbeddingCache(path).encode(["", TEXTS[0]])
+    torch.testing.assert_close(found, encoder.encode(["", TEXTS[0]]), rtol=1e-5, atol=1e-5)
+    with pytest.raises(SystemExit):
+        encode_prompts.main(arguments[2:])

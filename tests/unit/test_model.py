@@ -11,8 +11,8 @@ from torch import nn
 from megatron_kvpo.flow import timestep
 from megatron_kvpo.model.embeddings import patchify, sinusoid, unpatchify
 from megatron_kvpo.model.rope import Rotary, rotate
+from megatron_kvpo.model.sight import teacher_frames, teacher_sight
 from megatron_kvpo.rollout.stream import Stream
-from megatron_kvpo.training.pretrain import window_mask
 from tests.unit import small
 
 ranks = small.ranks
@@ -29,23 +29,24 @@ def apart(a, b) -> float:
 
 
 def test_streaming_with_pages_equals_one_block_causal_pass(tiny):
-    """Clean frames at timestep 0, noisy ones at each block's own level, under window_mask."""
+    """Clean frames at timestep 0, noisy ones at each block's own level, each with its sight."""
     stream_config = tiny.config.stream
     total, size = stream_config.num_frames, stream_config.block_frames
     clean, noisy = tiny.latents(total, 2), tiny.latents(total, 2, "noisy")
     text = tiny.text(*small.TEXTS[:2])
     sigmas = torch.linspace(0.4, 1.0, total // size)
     time = timestep(sigmas).repeat_interleave(size)
-    time = torch.cat([torch.zeros(total), time]).expand(2, -1)
-    mask = window_mask(stream_config, tiny.config.model.tokens_per_frame)
-    frames = [*range(total), *range(total)]
+    history = total - size  # no block sees the last one
+    time = torch.cat([torch.zeros(history), time]).expand(2, -1)
+    sight = teacher_sight(stream_config, tiny.config.model.tokens_per_frame)
+    both, frames = torch.cat([clean[:, :history], noisy], 1), teacher_frames(stream_config)
     with torch.no_grad():
-        whole = tiny.model(torch.cat([clean, noisy], 1), time, frames, text, None, mask)
+        whole = tiny.model(both, time, frames, text, None, sight)
         stream = Stream.begin(tiny.world, 2, text)
         for block, sigma in enumerate(sigmas.tolist()):
             span = slice(block * size, (block + 1) * size)
             velocity = stream.velocity(noisy[:, span], sigma)
-            assert apart(velocity, whole[:, total:][:, span]) < 1e-5, f"block {block}"
+            assert apart(velocity, whole[:, history:][:, span]) < 1e-5, f"block {block}"
             stream.commit(clean[:, span])
     stream.release()
 

@@ -92,6 +92,19 @@ def test_auto_keeps_one_block_of_a_new_shape_and_then_as_many_as_fit(memory, fre
 
 
 @pytest.mark.parametrize(
+    ("free", "kept", "held"),
+    [(0, 0, 0), (4, 0, 4), (5, 0, 5), (7, 0, 5), (8, 1, 4), (11, 2, 3), (20, BLOCKS, 0)],
+)
+def test_attention_is_held_where_whole_blocks_do_not_fit(memory, free, kept, held):
+    """A block takes 4 units, its attention 1; inputs of all blocks are paid first."""
+    passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
+    passes._bytes[hidden.shape], passes._held_bytes[hidden.shape] = 4 * GIB, GIB
+    inputs = BLOCKS * hidden.numel() * hidden.element_size()
+    memory["free"] = SPARE + 8 * GIB + inputs + free * GIB
+    assert passes._kept("auto", hidden, BLOCKS) == (0, kept, held)
+
+
+@pytest.mark.parametrize(
     ("share", "free", "reserved", "used", "left"),
     [
         (1.0, 60, 10, 4, 66),  # the device's free memory, and what the allocator keeps idle

@@ -1,0 +1,62 @@
+"""Whole runs of pre-training on one rank: what they leave, and what they refuse to go on with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_kvpo.checkpoint.formats import open_checkpoint
+from tests.unit.tiny_pretrain import LORA, recipe, run
+
+
+def test_weights_that_a_run_leaves_begin_another_and_its_checkpoint_holds_both(tmp_path):
+    made = run(recipe(tmp_path, "name=first", "checkpoint.every=4"))
+    begun = run(recipe(tmp_path, "name=second", f"model.weights={made.written}", "fitting.steps=1"))
+    averages = {
+        name.removeprefix("slots.slots.ema.").replace("/", "."): value
+        for name, value in made.weights.items()
+        if name.startswith("slots.")
+    }
+    for name, value in averages.items():
+        assert torch.equal(begun.start[name], value.bfloat16().float()), name
+    saved = tmp_path / "first" / "checkpoints" / "step_00000004"
+    for slot, expected in (("current", made.weights), ("ema", averages)):
+        found = open_checkpoint(saved, slot=slot)
+        assert (found.heads, found.layers, found.foreign) == (4, 2, ())
+        assert found.shapes.keys() == averages.keys()
+        for name in averages:
+            assert torch.equal(found.read(name, None), expected[name]), (slot, name)
+    assert not torch.equal(made.weights["head.head.weight"], averages["head.head.weight"])
+
+
+def test_an_adapter_that_a_run_leaves_is_its_average_and_can_be_continued(tmp_path):
+    made = run(recipe(tmp_path, "name=first", "checkpoint.every=4", *LORA))
+    assert made.written.endswith("adapter")
+    for adapter in (made.written, str(tmp_path / "first" / "checkpoints" / "step_00000004")):
+        more = [f"trained.adapter={adapter}", "fitting.steps=1", f"name=from{len(adapter)}"]
+        begun = run(recipe(tmp_path, *LORA, *more))
+        slot = "ema" if adapter == made.written else "current"
+        for name, value in begun.start.items():
+            if name.endswith(".current"):
+                expected = made.weights[name.removesuffix(".current") + f".{slot}"]
+                assert torch.equal(value, expected), (name, slot)
+
+
+def test_a_checkpoint_of_other_data_another_seed_or_more_steps_is_refused(tmp_path):
+    every = ["checkpoint.every=2", "fitting.steps=2"]
+    run(recipe(tmp_path, *every))
+    for overrides, stream, words in (
+        ([], {"origin": "others"}, "trained on the data set noise, this run has others: name"),
+        (["seed=9"], {}, "belongs to a run of seed 3, this one has seed 9: give"),
+        (["fitting.steps=1"], {}, "has 2 steps behind it, fitting.steps is 1: raise it"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(recipe(tmp_path, *every, *overrides), **stream)
+    anew = run(recipe(tmp_path, *every, "checkpoint.resume=false"), origin="others")
+    assert (anew.first_step, anew.steps) == (0, 2)
+
+
+def test_no_average_takes_no_memory_and_leaves_the_last_weights(tmp_path):
+    found = run(recipe(tmp_path, "fitting.ema_decay=0", "fitting.schedule=constant"))
+    assert not [name for name in found.weights if name.startswith("slots.")]
+    assert found.steps == 4
