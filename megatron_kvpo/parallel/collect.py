@@ -67,9 +67,9 @@ class Gathering:
                     f"rank {axis.rank} of {axis.size} holds {x.shape[0]} rows, sizes are "
                     f"{list(sizes)}: give one size per rank, this rank's own among them"
                 )
-        self._sizes, self._own = sizes, [x.detach() for x in tensors]
+        self._sizes, self._found = sizes, [x.detach() for x in tensors]
         self._waiting: list[tuple[Any, list[Tensor], Tensor]] = []
-        for x in self._own if axis.size > 1 else []:
+        for x in self._found if axis.size > 1 else []:
             padded = x.new_zeros((max(sizes), *x.shape[1:]))
             padded[: x.shape[0]] = x
             parts = [torch.empty_like(padded) for _ in sizes]
@@ -79,13 +79,12 @@ class Gathering:
     @torch.no_grad()
     def wait(self) -> list[Tensor]:
         """[sum(sizes), ...] of each, in rank order, on every rank, detached."""
-        whole = []
-        for work, parts, _ in self._waiting:
+        for number, (work, parts, _) in enumerate(self._waiting):
             work.wait()
-            whole.append(
-                torch.cat([part[:size] for part, size in zip(parts, self._sizes, strict=True)])
-            )
-        return whole or self._own
+            rows = [part[:size] for part, size in zip(parts, self._sizes, strict=True)]
+            self._found[number] = torch.cat(rows)
+        self._waiting = []  # what has travelled goes
+        return self._found
 
 
 def gather_rows(x: Tensor, axis: Axis, sizes: Sequence[int]) -> Tensor:
