@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron_kvpo.records import Energies
 from megatron_kvpo.reward.shapes import TemporalConsistency
 from megatron_kvpo.training.metrics import read_jsonl
 from megatron_kvpo.training.policy import Policy
+from megatron_kvpo.training.replays import Ask
 from megatron_kvpo.training.stages import Stages
 from tests.parallel.tiny_run import (
     PROMPTS,
@@ -186,13 +187,18 @@ def _in_a_reward(poison: _Poison, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _in_an_energy(poison: _Poison, monkeypatch: pytest.MonkeyPatch) -> None:
-    energies = Stages.energies
+    replays = Stages.replays
 
-    def spoiled(stages: Stages, update: int, groups: Any, slot: str, **more: bool) -> Energies:
-        found = energies(stages, update, groups, slot, **more)
-        return found._replace(branch_PG=poison.of(found.branch_PG)) if slot == "current" else found
+    def spoiled(
+        stages: Stages, update: int, groups: Any, asks: Sequence[Ask]
+    ) -> list[Energies]:  # fmt: skip
+        found = replays(stages, update, groups, asks)
+        return [
+            part._replace(branch_PG=poison.of(part.branch_PG)) if ask.slot == "current" else part
+            for ask, part in zip(asks, found, strict=True)
+        ]
 
-    monkeypatch.setattr(Stages, "energies", spoiled)
+    monkeypatch.setattr(Stages, "replays", spoiled)
 
 
 def _in_a_gradient(poison: _Poison, monkeypatch: pytest.MonkeyPatch) -> None:
