@@ -186,7 +186,9 @@ def read_recipe(options: argparse.Namespace) -> RunConfig:
     values = {key: whole[key] for key in SHARED_SECTIONS if key in whole}
     for override in options.overrides:
         settings.merge_override(values, override)
-    embeddings = options.embeddings or (whole.get("data") or {}).get("embeddings")
+    embeddings = options.embeddings
+    for section in ("data", "latents"):
+        embeddings = embeddings or (whole.get(section) or {}).get("embeddings")
     if embeddings is not None:
         values["data"] = {"embeddings": str(embeddings)}
     if options.vae is not None:
@@ -199,7 +201,7 @@ def find_encoder(
 ) -> TextEncoder:  # fmt: skip
     """umT5 if its folder is named, cached embeddings, or the word encoder."""
     if options.text_encoder is None:
-        return build_encoder(config)  # type: ignore[return-value]
+        return build_encoder(config)
     return load_umt5(options.text_encoder, text_length=config.model.text_length, device=device)
 
 
@@ -249,7 +251,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--shard-clips", type=int, default=64)
     add("--vae", type=Path, help="Wan's folder; default: codec.vae")
     add("--text-encoder", type=Path, help="Wan's folder, for umT5")
-    add("--embeddings", type=Path, help="what tools.encode_prompts wrote; default: data.embeddings")
+    add("--embeddings", type=Path, help="what tools.encode_prompts wrote; default: data.embeddings "
+        "or latents.embeddings")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add("--backend", choices=["cpu", "gpu"], default="cpu", help="what decodes the videos: "
         "gpu is NVDEC")  # fmt: skip

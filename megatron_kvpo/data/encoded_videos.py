@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ from megatron_kvpo.data.probe import Failures
 from megatron_kvpo.data.sources import VideoSource
 from megatron_kvpo.data.video import VideoBatch, VideoPipeline
 from megatron_kvpo.model.umt5 import padded
+from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.parallel.seeds import generator
 from megatron_kvpo.records import LatentBatch
 
@@ -59,6 +61,12 @@ class BatchEncoder:
             padded(texts, self.spec.text_length, self.spec.text_dim),
         )  # fmt: skip
         return moved(batch, self.device)
+
+    def kept(self, batches: Iterator[LatentBatch]) -> Iterator[LatentBatch]:
+        """The same, with the codec on the device until the last."""
+        codec = self.codec
+        with codec.resident(self.device) if isinstance(codec, WanVae) else nullcontext():
+            yield from batches
 
     def _tokens(self, text: str) -> Tensor:
         if text not in self._texts:
@@ -124,7 +132,7 @@ class EncodedVideos:
         ValueError if too many fail.
         """
         read = read_ahead(self._decoded, step, self._ahead, self._device)
-        return (self._encoded(clips) for clips in read)
+        return self._encode.kept(self._encoded(clips) for clips in read)
 
     def _decoded(self, step: int) -> list[Decoded]:
         wanted = self.order.clips_of(step)
@@ -208,7 +216,8 @@ class DrawnClips:
 
     def batches(self, step: int = 0) -> Iterator[LatentBatch]:
         """See LatentStream.batches, and VideoPipeline for files that fail."""
-        return map(self._encoded, self._pipeline.batches(step))
+        decoded = self._pipeline.batches(step)
+        return self._encode.kept(self._encoded(batch) for batch in decoded)
 
     def _encoded(self, batch: VideoBatch) -> LatentBatch:
         index, frames = batch.index_B.tolist(), self.spec.num_frames[0]
