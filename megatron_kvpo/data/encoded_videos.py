@@ -26,7 +26,7 @@ from megatron_kvpo.data.encoding import (
 )
 from megatron_kvpo.data.graph import Backend
 from megatron_kvpo.data.latent_clips import ClipSet, Decoded, VideoClip
-from megatron_kvpo.data.latents import ClipOrder, check_shared, joined, moved, read_ahead
+from megatron_kvpo.data.latents import ClipOrder, check_shared, joined, moved, placed, read_ahead
 from megatron_kvpo.data.probe import Failures
 from megatron_kvpo.data.sources import VideoSource
 from megatron_kvpo.data.video import VideoBatch, VideoPipeline
@@ -104,7 +104,7 @@ class EncodedVideos:
         Raises:
             ValueError: as ClipSet does, and for a text that the encoder lacks.
         """
-        self.spec, self._device, self._ahead = spec, torch.device(device), ahead
+        self.spec, self._device, self._ahead = spec, placed(device), ahead
         self._encode = BatchEncoder(spec, codec, encoder, self._device)
         self._set = ClipSet(source, spec, codec.temporal_stride, backend=backend,
                             num_threads=num_threads)  # fmt: skip
@@ -193,7 +193,7 @@ class DrawnClips:
         check_shared(batch_size, rank, world_size)
         self.spec, self._start = spec, start
         self._stride = codec.temporal_stride
-        self._encode = BatchEncoder(spec, codec, encoder, torch.device(device))
+        self._encode = BatchEncoder(spec, codec, encoder, placed(device))
         self._pipeline = VideoPipeline(
             source, spec.pixels(spec.num_frames[0], self._stride, start),
             batch_size=batch_size // world_size, seed=seed, rank=rank, world_size=world_size,

@@ -117,7 +117,7 @@ class LatentCache:
             buckets.setdefault(line.shape, []).append(line.clip)
         self.order = ClipOrder(buckets, batch_size=batch_size, seed=seed, rank=rank,
                                world_size=world_size)  # fmt: skip
-        self._device, self._ahead = torch.device(device), ahead
+        self._device, self._ahead = placed(device), ahead
         self._shards: OrderedDict[str, Any] = OrderedDict()
         self._checked: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -199,6 +199,14 @@ def joined(
         latent_BFCHW=torch.stack(list(latents)), segment_S3=torch.tensor(segments),
         text_SXD=text_SXD, index_B=torch.tensor(list(clips)),
     )  # fmt: skip
+
+
+def placed(device: torch.device | str) -> torch.device:
+    """The device; of several GPUs the current one, where none is named."""
+    found = torch.device(device)
+    if found == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def moved(batch: LatentBatch, device: torch.device) -> LatentBatch:
