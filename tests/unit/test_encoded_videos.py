@@ -15,6 +15,7 @@ pytest.importorskip("nvidia.dali")
 
 from megatron_kvpo.config import CodecConfig
 from megatron_kvpo.data.clips import ClipSpec, cut
+from megatron_kvpo.data.embeddings import add_texts
 from megatron_kvpo.data.encoded_videos import DrawnClips, EncodedVideos
 from megatron_kvpo.data.encoding import EncodingSpec
 from megatron_kvpo.data.graph import Decoder
@@ -24,10 +25,17 @@ from megatron_kvpo.data.sources import VideoSource
 from megatron_kvpo.data.workers import Workers
 from megatron_kvpo.model.codec import load_codec
 from megatron_kvpo.model.text_encoder import WordEncoder
+from megatron_kvpo.training.latent_streams import open_videos
+from megatron_kvpo.training.parts import codec_on
+from tests.unit import small
+from tests.unit.test_cache_latents import Words
 from tests.unit.test_latents import RECIPE, assert_same, some
+from tests.unit.test_wan_vae import tiny
+from tests.unit.tiny_pretrain import recipe as recipe_of
 from tests.unit.video_files import picture, shard, write
 from tools import cache_latents
 
+ranks = small.ranks
 BUCKETS = ((24, 32), (32, 24), (24, 24))
 SIZES = [(48, 64), (64, 48), (48, 64), (48, 48), (64, 48), (48, 64)]
 FRAMES = [40, 40, 33, 40, 40, 12]
@@ -220,3 +228,30 @@ def test_a_file_that_fails_later_is_replaced_by_one_of_its_shape(videos):
             replaced += b == bad
     assert replaced
     assert '"reason": "damaged since"' in (videos / "skipped.jsonl").read_text()
+
+
+def test_wans_codec_and_cached_embeddings_feed_pretraining(videos, tmp_path, ranks):
+    tiny().save_pretrained(tmp_path / "vae")
+    texts, words = tmp_path / "texts.safetensors", Words(16, 12)
+    settings = [
+        "model.latent_height=4", "model.latent_width=6", f"codec.vae={tmp_path}",
+        f"latents.embeddings={texts}", f"latents.videos.path={videos}", "stream.num_frames=3",
+        "latents.videos.max_bad=0.3", "latents.videos.fps=12", "latents.videos.every=6",
+    ]  # fmt: skip
+    config = recipe_of(tmp_path, *settings)
+    add_texts(texts, words, TEXTS[:1])
+    with pytest.raises(ValueError, match=r"1 texts are not in .*, the first is 'it turns blue'"):
+        open_videos(config, ranks)
+    add_texts(texts, words, TEXTS)
+    stream = open_videos(config, ranks)
+    assert isinstance(stream, EncodedVideos)
+    assert stream.spec.sizes == ((32, 48),)
+    codec = codec_on(config, torch.device("cpu"))
+    for batch in some(stream, 3):
+        assert batch.latent_BFCHW.shape == (4, 3, 4, 4, 6)
+        for index, latent in zip(batch.index_B.tolist(), batch.latent_BFCHW, strict=True):
+            (clip,) = stream._set.decode([stream._clips[index]])
+            assert torch.equal(codec.encode(clip.video_CFHW[None])[0], latent)
+    drawn = open_videos(recipe_of(tmp_path, *settings[:-1], "latents.videos.start=scene"), ranks)
+    assert isinstance(drawn, DrawnClips)
+    assert next(drawn.batches()).latent_BFCHW.shape == (4, 3, 4, 4, 6)
