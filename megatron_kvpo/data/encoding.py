@@ -102,11 +102,12 @@ class EncodingSpec:
         return cls(**fields)
 
     def pixels(self, num_frames: int, temporal_stride: int, start: int | str = 0) -> ClipSpec:
-        """The pixel frames of a clip of so many latent frames."""
+        """The pixel frames of a clip of so many latent frames, as uint8: it waits decoded."""
         one = len(self.sizes) == 1
         return ClipSpec(
             num_pixel_frames=temporal_stride * (num_frames - 1) + 1, fps=self.fps, start=start,
             size=self.sizes[0] if one else None, buckets=() if one else self.sizes,
+            dtype=torch.uint8,
         )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -140,8 +141,11 @@ def segments_of(
 
 @torch.no_grad()
 def encode_clip(codec: Codec, video_CFHW: Tensor, dtype: str, device: torch.device) -> Tensor:
-    """latent_FCHW of one clip in [-1, 1], rounded to `dtype`, on the device."""
-    return codec.encode(video_CFHW[None].to(device))[0].to(DTYPES[dtype])
+    """latent_FCHW of one clip, float32 in [-1, 1] or uint8, rounded to `dtype`, on the device."""
+    video = video_CFHW[None].to(device)
+    if video.dtype == torch.uint8:  # as DALI normalises, bit for bit
+        video = (video.float() - 127.5) * (1 / 127.5)
+    return codec.encode(video)[0].to(DTYPES[dtype])
 
 
 def text_tokens(encoder: TextEncoder, text: str) -> Tensor:

@@ -57,6 +57,8 @@ class Decoded:
 
     clip: VideoClip
     video_CFHW: Tensor
+    """uint8."""
+
     segments: list[tuple[int, int, str]]
     """As `segments_of` gives them, in latent frames."""
 
@@ -77,7 +79,7 @@ class ClipSet:
         source.max_bad are not, or for a GPU that is not there.
         """
         self.source, self.spec, self._stride = source, spec, temporal_stride
-        self._decoder = Decoder(torch.float32, backend, _AT_ONCE, num_threads)
+        self._decoder = Decoder(torch.uint8, backend, _AT_ONCE, num_threads)
         shortest = self._pixels(spec.num_frames[-1], min(spec.starts))
         self.report: VideoReport = probe_source(
             source, lambda file: untold(file) or shortest.fault(file), num_threads
