@@ -140,9 +140,17 @@ class DataConfig:
     """One JSON object a line: {"segments": [...], "switch_frames": [...]}; `video` and
     `video_frames` continue a video (docs/continuation.md)."""
 
+    video_fps: float | None = None
+    """Pixel frames a second at which videos that are continued are taken, by timestamps: those that
+    the generator was trained at. None takes a file's as they stand."""
+
     embeddings: Path | None = None
     """What tools.encode_prompts made of the prompts, those of the evaluation too. None is the word
     encoder of the shapes world."""
+
+    def __post_init__(self) -> None:
+        if self.video_fps is not None:
+            check_positive("data", video_fps=self.video_fps)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,23 +4,21 @@
     torchrun --nproc_per_node 8 -m tools.cache_latents RECIPE --videos ... --output ...
 
 The recipe, of training or pre-training, gives the model's latent size, the codec and the prompt
-embeddings; `section.key=value` changes a setting. The videos' folder holds manifest.jsonl: a line
-{"file", "segments", "switch_frames"} or {"file", "caption"} a video. Each process encodes every
-n-th shard; the last to end writes the manifest. What is there by then does not depend on how many
-they are. A call that was cut short goes on where it stopped, if its settings are the same. Clips
-that cannot be used are listed in rejected.jsonl.
+embeddings; `section.key=value` changes a setting. Videos and their texts stand in a folder, a JSONL
+or CSV manifest or tar shards (docs/data.md). Each process encodes every n-th shard; the last to end
+writes the manifest. What is there by then does not depend on how many they are. A call that was cut
+short goes on where it stopped, if its settings are the same. Clips that cannot be used are listed
+in rejected.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,17 +31,14 @@ from megatron_kvpo import log, settings
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.embeddings import DTYPES
 from megatron_kvpo.data.encoding import (
-    ClipReader,
     Codec,
-    Decoded,
     EncodingSpec,
     TextEncoder,
-    VideoClip,
     encode_clip,
-    list_clips,
     text_name,
     text_tokens,
 )
+from megatron_kvpo.data.latent_clips import ClipSet, Decoded, VideoClip
 from megatron_kvpo.data.latent_files import (
     MANIFEST,
     REJECTED,
@@ -53,6 +48,7 @@ from megatron_kvpo.data.latent_files import (
     merge,
     missing_shards,
 )
+from megatron_kvpo.data.sources import VideoSource
 from megatron_kvpo.model.umt5 import UMT5Encoder, load_umt5
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.training.parts import build_encoder, codec_on
@@ -73,10 +69,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = read_recipe(options)
     codec, encoder = codec_on(config, device), find_encoder(config, options, device)
     spec = spec_of(config, options, codec, encoder)
-    clips = list_clips(options.videos, spec.starts)
-    wanted = CacheSettings(spec=spec, videos=_hash_of(clips), num_clips=len(clips),
+    source = VideoSource(path=options.videos, max_bad=options.max_bad, check=options.check,
+                         cache=options.probes)  # fmt: skip
+    found = ClipSet(source, spec, codec.temporal_stride, backend=options.backend,
+                    num_threads=options.threads)  # fmt: skip
+    encoder.require(found.texts)
+    clips = found.clips
+    wanted = CacheSettings(spec=spec, videos=found.origin(), num_clips=len(clips),
                            shard_clips=options.shard_clips)  # fmt: skip
-    require(encoder, clips)
     begin(options.output, wanted)
     missing = missing_shards(options.output, wanted)
     mine = [number for number in missing if number % world == rank]
@@ -89,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 stack.enter_context(part.resident(device))
             elif isinstance(part, UMT5Encoder):
                 stack.enter_context(part.resident())
-        reader = ClipReader(options.videos, spec, codec.temporal_stride, options.backend)
-        work = Encoder(reader, codec, encoder, device, options)
-        work.run(wanted, clips, mine, first=rank == 0)
+        work = Encoder(found, codec, encoder, device, options)
+        work.run(wanted, mine, first=rank == 0)
     manifest = merge(options.output, wanted)
     if manifest is None:
         logger.info("the other processes have shards to make: the last one writes the manifest")
@@ -106,72 +105,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Encoder:
-    """Makes shards: decodes ahead in threads, encodes one clip after another."""
+    """Makes shards: decodes ahead on a thread, encodes one clip after another."""
 
     def __init__(
-        self, reader: ClipReader, codec: Codec, encoder: TextEncoder, device: torch.device,
+        self, clips: ClipSet, codec: Codec, encoder: TextEncoder, device: torch.device,
         options: argparse.Namespace,
     ) -> None:  # fmt: skip
-        self._reader, self._codec, self._encoder = reader, codec, encoder
+        self._set, self._codec, self._encoder = clips, codec, encoder
         self._device, self._options = device, options
 
-    def run(
-        self, wanted: CacheSettings, clips: Sequence[VideoClip], numbers: Sequence[int], *,
-        first: bool,
-    ) -> None:  # fmt: skip
+    def run(self, wanted: CacheSettings, numbers: Sequence[int], *, first: bool) -> None:
         """Make these shards, in order."""
-        total = sum(len(wanted.clips_of(number)) for number in numbers)
+        all_clips = self._set.clips
+        shards = [[all_clips[index] for index in wanted.clips_of(number)] for number in numbers]
+        total = sum(map(len, shards))
         started, done = time.monotonic(), 0
+        decoded = self._decoded([clip for clips in shards for clip in clips])
         with log.Progress(total, first=first, label="clip") as progress:
-            for number in numbers:
+            for number, clips in zip(numbers, shards, strict=True):
                 shard = Shard(wanted.shards[number])
                 texts: dict[str, Tensor] = {}
-                some = [clips[index] for index in wanted.clips_of(number)]
-                for clip, decoded in self._decoded(some):
-                    self._add(shard, clip, decoded, texts)
+                for clip in clips:
+                    self._add(shard, clip, next(decoded), texts)
                     done += 1
                 shard.write(self._options.output, wanted)
                 rate = done / (time.monotonic() - started)
                 progress.update(done, **{"clips/s": rate, "rejected": len(shard.rejected)})
 
-    def _decoded(self, clips: Iterable[VideoClip]) -> Iterator[tuple[VideoClip, Decoded | str]]:
-        """Each clip's pixels, or why there are none; a few are decoded ahead."""
+    def _decoded(self, clips: Sequence[VideoClip]) -> Iterator[Decoded | str]:
+        """Each clip's pixels, or why there are none; some are decoded ahead."""
 
         def enter() -> None:
             if self._device.type == "cuda":
                 torch.cuda.set_device(self._device)
 
-        def read(clip: VideoClip) -> Decoded | str:
-            try:
-                return self._reader.read(clip)
-            except ValueError as error:
-                return str(error)
-
-        with ThreadPoolExecutor(self._options.threads, initializer=enter) as pool:
-            waiting: list[tuple[VideoClip, Future[Decoded | str]]] = []
-            for clip in clips:
-                waiting.append((clip, pool.submit(read, clip)))
-                if len(waiting) > self._options.threads:
-                    ready, future = waiting.pop(0)
-                    yield ready, future.result()
-            for ready, future in waiting:
-                yield ready, future.result()
+        at_once = self._options.threads
+        parts = [clips[n : n + at_once] for n in range(0, len(clips), at_once)]
+        with ThreadPoolExecutor(1, initializer=enter) as pool:
+            waiting = deque(pool.submit(self._set.decode, part) for part in parts[:2])
+            for number in range(len(parts)):
+                found = waiting.popleft().result()
+                waiting.extend(pool.submit(self._set.decode, p) for p in parts[number + 2 :][:1])
+                yield from found
 
     def _add(
         self, shard: Shard, clip: VideoClip, decoded: Decoded | str, texts: dict[str, Tensor]
     ) -> None:
         if isinstance(decoded, str):
-            shard.rejected.append({"clip": clip.index, "file": clip.file, "reason": decoded})
-            logger.warning("clip %d is left out: %s", clip.index, decoded)
+            shard.rejected.append({"clip": clip.index, "file": clip.name, "reason": decoded})
+            logger.warning("clip %d, %s, is left out: %s", clip.index, clip.name, decoded)
             return
-        spec = self._reader.spec
+        spec = self._set.spec
         latent_FCHW = encode_clip(self._codec, decoded.video_CFHW, spec.dtype, self._device)
         told = []
         for first, stop, text in decoded.segments:
             if text not in texts:
                 texts[text] = text_tokens(self._encoder, text)
             told.append((first, stop, text, text_name(spec, text), texts[text]))
-        shard.add(clip.index, latent_FCHW, told, file=clip.file, start=clip.start,
+        shard.add(clip.index, latent_FCHW, told, file=clip.name, start=clip.start,
                   num_bytes=decoded.num_bytes)  # fmt: skip
 
 
@@ -195,7 +186,9 @@ def read_recipe(options: argparse.Namespace) -> RunConfig:
     values = {key: whole[key] for key in SHARED_SECTIONS if key in whole}
     for override in options.overrides:
         settings.merge_override(values, override)
-    embeddings = options.embeddings or (whole.get("data") or {}).get("embeddings")
+    embeddings = options.embeddings
+    for section in ("data", "latents"):
+        embeddings = embeddings or (whole.get(section) or {}).get("embeddings")
     if embeddings is not None:
         values["data"] = {"embeddings": str(embeddings)}
     if options.vae is not None:
@@ -208,7 +201,7 @@ def find_encoder(
 ) -> TextEncoder:  # fmt: skip
     """umT5 if its folder is named, cached embeddings, or the word encoder."""
     if options.text_encoder is None:
-        return build_encoder(config)  # type: ignore[return-value]
+        return build_encoder(config)
     return load_umt5(options.text_encoder, text_length=config.model.text_length, device=device)
 
 
@@ -220,23 +213,19 @@ def spec_of(
     if encoder.text_dim != model.text_dim:
         raise ValueError(f"the text encoder gives {encoder.text_dim} numbers a token, "
                          f"model.text_dim is {model.text_dim}")  # fmt: skip
-    frames = options.frames or [config.stream.num_frames]
+    own = (model.latent_height * stride, model.latent_width * stride)
+    sizes = options.buckets or (tuple(options.size or own),)
+    for size in sizes:
+        unit = (stride * model.patch[1], stride * model.patch[2])
+        if any(side < 1 or side % whole for side, whole in zip(size, unit, strict=True)):
+            raise ValueError(
+                f"pixel frames of {size[0]} x {size[1]} do not divide into patches of {unit[0]} x "
+                f"{unit[1]}: choose multiples of these"
+            )
     return EncodingSpec.of(
-        codec, encoder, size=(model.latent_height * stride, model.latent_width * stride),
-        num_frames=tuple(frames), starts=tuple(options.starts), fps=options.fps,
-        dtype=options.dtype,
+        codec, encoder, sizes=sizes, num_frames=tuple(options.frames or [config.stream.num_frames]),
+        starts=tuple(options.starts), every=options.every, fps=options.fps, dtype=options.dtype,
     )  # fmt: skip
-
-
-def require(encoder: Any, clips: Iterable[VideoClip]) -> None:
-    """Raise ValueError for a text that the encoder cannot encode, before the first clip."""
-    if not isinstance(encoder, UMT5Encoder):
-        encoder.require([told.text for clip in clips for told in clip.told])
-
-
-def _hash_of(clips: Sequence[VideoClip]) -> str:
-    text = json.dumps([dataclasses.asdict(clip) for clip in clips])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -245,19 +234,32 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("recipe", type=Path)
     add("overrides", nargs="*", metavar="section.key=value")
-    add("--videos", type=Path, required=True, metavar="FOLDER")
+    add("--videos", type=Path, required=True, metavar="SOURCE", help="a folder, a JSONL or CSV "
+        "manifest, or tar shards: docs/data.md")  # fmt: skip
     add("--output", type=Path, required=True, metavar="FOLDER")
     add("--frames", type=_numbers, help="latent frames of a clip; default: the stream's. 21,13,9: "
         "a file too short for one gives the next")  # fmt: skip
     add("--starts", type=_numbers, default=[0], help="pixel frames at which clips begin: 0,81")
+    add("--every", type=int, help="clips every so many pixel frames, as far as a file goes")
     add("--fps", type=float, help="pixel frames a second to take; default: as the files have them")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
+                       help="of pixel frames; default: the model's")  # fmt: skip
+    shape.add_argument("--buckets", type=_sizes, help="sizes, of which a file takes the nearest in "
+                       "proportions: 480x832,832x480")  # fmt: skip
     add("--dtype", choices=list(DTYPES), default="float32", help="of the latents")
     add("--shard-clips", type=int, default=64)
     add("--vae", type=Path, help="Wan's folder; default: codec.vae")
     add("--text-encoder", type=Path, help="Wan's folder, for umT5")
-    add("--embeddings", type=Path, help="what tools.encode_prompts wrote; default: data.embeddings")
+    add("--embeddings", type=Path, help="what tools.encode_prompts wrote; default: data.embeddings "
+        "or latents.embeddings")  # fmt: skip
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--backend", choices=["cpu", "gpu"], default="cpu", help="what decodes the videos")
+    add("--backend", choices=["cpu", "gpu"], default="cpu", help="what decodes the videos: "
+        "gpu is NVDEC")  # fmt: skip
+    add("--max-bad", type=float, default=0.1, help="share of files that may be unusable")
+    add("--check", choices=["decode", "packets"], default="decode", help="how files are probed")
+    add("--probes", type=Path, metavar="FOLDER", help="of what probing found, and of the report of "
+        "files that are skipped; default: beside the videos")  # fmt: skip
     add("--threads", type=int, default=2, help="files that are decoded at once")
     options = parser.parse_intermixed_args(arguments)
     if min(options.shard_clips, options.threads) < 1:
@@ -268,6 +270,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",") if part]
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    found = [part.split("x") for part in text.split(",") if part]
+    if not found or any(len(sides) != 2 for sides in found):
+        raise ValueError(text)
+    return tuple((int(height), int(width)) for height, width in found)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m tools.encode_prompts --prompts prompts.jsonl held_out.jsonl \
         --encoder Wan2.1-T2V-1.3B --output embeddings.safetensors
 
+`--videos` embeds what training videos are told in: a folder, a manifest or shards (docs/data.md).
 Texts that the cache holds already are left alone; a call that was interrupted goes on where it
 stopped. The encoder is loaded only if a text is missing.
 """
@@ -18,6 +19,7 @@ import torch
 from megatron_kvpo import log
 from megatron_kvpo.data.embeddings import DTYPES, EmbeddingCache, add_texts, missing_texts
 from megatron_kvpo.data.prompts import load_prompts
+from megatron_kvpo.data.sources import VideoSource, read_entries
 from megatron_kvpo.model.umt5 import EncoderFiles, load_umt5
 
 logger = log.get_logger("megatron_kvpo.tools.encode_prompts")
@@ -28,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     log.setup(True)
     texts = [text for file in options.prompts for p in load_prompts(file) for text in p.segments]
+    for source in options.videos:
+        entries = read_entries(VideoSource(path=source))
+        texts += [part.text for entry in entries for part in entry.segments if part.text.strip()]
     texts += [""] if options.empty else []
     identity = EncoderFiles.find(options.encoder).identity()
     missing = missing_texts(options.output, texts, encoder=identity, dtype=options.dtype,
@@ -49,6 +54,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.encode_prompts",
                                      description=(__doc__ or "").split("\n")[0])  # fmt: skip
     parser.add_argument("--prompts", type=Path, nargs="+", default=[], metavar="JSONL")
+    parser.add_argument("--videos", type=Path, nargs="+", default=[], metavar="SOURCE")
     parser.add_argument("--empty", action="store_true",
                         help="the empty text too, for captions that are dropped")  # fmt: skip
     parser.add_argument("--encoder", type=Path, required=True, metavar="FOLDER",
@@ -63,8 +69,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.batch < 1:
         parser.error(f"--batch {options.batch} must be at least 1")
-    if not options.prompts and not options.empty:
-        parser.error("nothing to embed: name --prompts files, or --empty")
+    if not (options.prompts or options.videos or options.empty):
+        parser.error("nothing to embed: name --prompts files, --videos, or --empty")
     return options
 
 

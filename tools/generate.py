@@ -173,7 +173,7 @@ def find_beginning(
     if script.continued is None:
         return None
     codec = decoder.codec if decoder else build_codec(config, ranks)
-    beginnings = Beginnings(config.model, codec, ranks.device)
+    beginnings = Beginnings(config.model, codec, ranks.device, config.data.video_fps)
     beginnings.check([script.continued])
     return beginnings.shared((ranks.tensor, ranks.context))(script.continued)
 

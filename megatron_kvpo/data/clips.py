@@ -95,17 +95,21 @@ class ClipSpec:
 
         return min(self.sizes, key=distance)
 
+    def last_start(self, file: VideoFile) -> int:
+        """The last pixel frame (after resampling) at which a clip can begin; below 0: none."""
+        if self.fps is None:
+            return file.num_pixel_frames - 1 - self.reach
+        return math.ceil((float(file.times_s[-1]) - _NEAR_S) * self.fps) - 1 - self.reach
+
     def fault(self, file: VideoFile) -> str | None:
         """Why a whole file cannot serve, or None."""
         start = self.start if isinstance(self.start, int) else 0
-        if self.fps is None:
-            needed = start + self.reach + 1
-            if file.num_pixel_frames < needed:
+        if start > self.last_start(file):
+            if self.fps is None:
+                needed = start + self.reach + 1
                 return f"too short: {file.num_pixel_frames} pixel frames, {needed} needed"
-        else:
             end_s, last_s = file.times_s[-1], (start + self.reach) / self.fps
-            if end_s <= last_s + _NEAR_S:
-                return f"too short: {end_s:.3f} s, more than {last_s:.3f} s needed"
+            return f"too short: {end_s:.3f} s, more than {last_s:.3f} s needed"
         if self.start == "scene" and not len(_scenes(file, self)):
             return "no segment is long enough before the file ends"
         return None
@@ -202,6 +206,14 @@ def _texts(
     if found and 0 not in found:
         found[0] = ""
     return tuple(sorted(found.items()))
+
+
+def untold(file: VideoFile) -> str | None:
+    """Why a file's texts cannot serve, or None."""
+    if not file.segments:
+        return "no caption is given"
+    empty = [number for number, part in enumerate(file.segments) if not part.text.strip()]
+    return f"the text of segment {empty[0]} is empty" if empty else None
 
 
 class Schedule:

@@ -1,6 +1,6 @@
-"""Batches of encoded videos without an end: from a cache on disk, or from the videos themselves.
+"""Batches of encoded videos without an end, from a cache on disk.
 
-Both give the same batches for the same data, seed and global batch, on any number of data ranks.
+They are the same for the same data, seed and global batch, on any number of data ranks.
 """
 
 from __future__ import annotations
@@ -17,18 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_kvpo.data.encoding import (
-    Backend,
-    ClipReader,
-    Codec,
-    Decoded,
-    EncodingSpec,
-    TextEncoder,
-    data_fingerprint,
-    encode_clip,
-    list_clips,
-    text_tokens,
-)
+from megatron_kvpo.data.encoding import EncodingSpec
 from megatron_kvpo.data.latent_files import AGAIN, Line, checksum, latent_name, read_manifest
 from megatron_kvpo.data.prompts import permutation
 from megatron_kvpo.model.umt5 import padded
@@ -39,8 +28,14 @@ T = TypeVar("T")
 OPEN_SHARDS = 64
 """Shards that are mapped at once."""
 
-_MOST_TEXTS = 4096
-"""Embeddings that EncodedVideos remembers."""
+
+def check_shared(batch_size: int, rank: int, world_size: int) -> None:
+    """Raise ValueError for a global batch of none, or one that data ranks cannot share."""
+    if batch_size < 1 or not 0 <= rank < world_size or batch_size % world_size:
+        raise ValueError(
+            f"a global batch of {batch_size} cannot be shared by {world_size} data ranks (this "
+            f"is rank {rank}): use a multiple of {world_size}"
+        )
 
 
 class ClipOrder:
@@ -56,11 +51,7 @@ class ClipOrder:
         world_size: int = 1,
     ) -> None:  # fmt: skip
         """`batch_size` is that of all ranks. ValueError for none, or one that they cannot share."""
-        if batch_size < 1 or not 0 <= rank < world_size or batch_size % world_size:
-            raise ValueError(
-                f"a global batch of {batch_size} cannot be shared by {world_size} data ranks (this "
-                f"is rank {rank}): use a multiple of {world_size}"
-            )
+        check_shared(batch_size, rank, world_size)
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
         self._buckets = [list(buckets[key]) for key in sorted(buckets)]
         self._turns = [
@@ -126,7 +117,7 @@ class LatentCache:
             buckets.setdefault(line.shape, []).append(line.clip)
         self.order = ClipOrder(buckets, batch_size=batch_size, seed=seed, rank=rank,
                                world_size=world_size)  # fmt: skip
-        self._device, self._ahead = torch.device(device), ahead
+        self._device, self._ahead = placed(device), ahead
         self._shards: OrderedDict[str, Any] = OrderedDict()
         self._checked: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -198,75 +189,6 @@ class LatentCache:
         return self._shards[name]
 
 
-class EncodedVideos:
-    """The same batches straight from a folder of videos, encoded anew each time."""
-
-    def __init__(
-        self, folder: str | Path, spec: EncodingSpec, codec: Codec, encoder: TextEncoder, *,
-        batch_size: int = 1, seed: int = 0, rank: int = 0, world_size: int = 1,
-        device: torch.device | str = "cpu", backend: Backend = "cpu", ahead: int = 2,
-    ) -> None:  # fmt: skip
-        """Probe every file; those that cannot be used are left out with a warning.
-
-        `spec` is EncodingSpec.of(codec, encoder, ...); the rest is as in LatentCache. ValueError if
-        no file is usable.
-        """
-        folder, clips = Path(folder), list_clips(Path(folder), spec.starts)
-        self.spec = spec
-        self._codec, self._encoder, self._device = codec, encoder, torch.device(device)
-        self._reader = ClipReader(folder, spec, codec.temporal_stride, backend)
-        frames = self._reader.usable(clips)
-        if not frames:
-            raise ValueError(f"none of the {len(clips)} clips in {folder} can be used: see above")
-        self._clips = {clip.index: clip for clip in clips if clip.index in frames}
-        self._num_frames = frames
-        buckets: dict[tuple[int, ...], list[int]] = {}
-        for index in sorted(frames):
-            buckets.setdefault((frames[index],), []).append(index)
-        self.order = ClipOrder(buckets, batch_size=batch_size, seed=seed, rank=rank,
-                               world_size=world_size)  # fmt: skip
-        self._ahead = ahead
-        self._texts: OrderedDict[str, Tensor] = OrderedDict()
-
-    def __len__(self) -> int:
-        """Usable clips."""
-        return len(self._clips)
-
-    def fingerprint(self) -> str:
-        """See LatentStream.fingerprint."""
-        return data_fingerprint(self.spec, {
-            index: (clip.file, (self._reader.folder / clip.file).stat().st_size,
-                    self._reader.told(clip, self._num_frames[index]))
-            for index, clip in self._clips.items()
-        })  # fmt: skip
-
-    def batches(self, step: int = 0) -> Iterator[LatentBatch]:
-        """See LatentStream.batches. ValueError for a file that cannot be decoded any more."""
-        read = read_ahead(self._decoded, step, self._ahead, self._device)
-        return (self._encoded(clips) for clips in read)
-
-    def _decoded(self, step: int) -> list[Decoded]:
-        return [self._reader.read(self._clips[index]) for index in self.order.clips_of(step)]
-
-    def _encoded(self, clips: Sequence[Decoded]) -> LatentBatch:
-        latents = [encode_clip(self._codec, clip.video_CFHW, self.spec.dtype, self._device).float()
-                   for clip in clips]  # fmt: skip
-        texts = [self._tokens(text) for clip in clips for _, _, text in clip.segments]
-        batch = joined(
-            [clip.clip.index for clip in clips], latents,
-            [[(first, stop) for first, stop, _ in clip.segments] for clip in clips],
-            padded(texts, self.spec.text_length, self.spec.text_dim),
-        )  # fmt: skip
-        return moved(batch, self._device)
-
-    def _tokens(self, text: str) -> Tensor:
-        if text not in self._texts:
-            self._texts[text] = text_tokens(self._encoder, text)
-            if len(self._texts) > _MOST_TEXTS:
-                self._texts.popitem(last=False)
-        return self._texts[text]
-
-
 def joined(
     clips: Sequence[int], latents: Sequence[Tensor], told: Sequence[Sequence[tuple[int, int]]],
     text_SXD: Tensor,
@@ -277,6 +199,14 @@ def joined(
         latent_BFCHW=torch.stack(list(latents)), segment_S3=torch.tensor(segments),
         text_SXD=text_SXD, index_B=torch.tensor(list(clips)),
     )  # fmt: skip
+
+
+def placed(device: torch.device | str) -> torch.device:
+    """The device; of several GPUs the current one, where none is named."""
+    found = torch.device(device)
+    if found == torch.device("cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def moved(batch: LatentBatch, device: torch.device) -> LatentBatch:

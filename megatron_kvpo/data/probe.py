@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -98,6 +98,9 @@ class VideoReport:
     rejected: tuple[tuple[str, str], ...]
     """(file, reason) of each file left out."""
 
+    entries: tuple[Entry, ...] = ()
+    """All that the source names, by index."""
+
     def summary(self, most: int = 5) -> str:
         """One line: how many files were left out, and the first of them with reasons."""
         total = len(self.good) + len(self.rejected)
@@ -127,7 +130,7 @@ def probe_source(
             good.append(file)
         else:
             rejected.append((entry.name, str(reason)))
-    report = VideoReport(good=tuple(good), rejected=tuple(rejected))
+    report = VideoReport(good=tuple(good), rejected=tuple(rejected), entries=tuple(entries))
     write_skipped(source, report.rejected)
     if not good:
         raise ValueError(f"no usable video in {source.path}; {report.summary()}")
@@ -144,6 +147,34 @@ def check_share(source: VideoSource, bad: int, total: int, summary: str) -> None
             f"{summary}; that is more than max_bad {source.max_bad:g} of the files: repair or "
             f"remove those in {source.report_path}, or raise max_bad"
         )
+
+
+class Failures:
+    """Files that failed though their probe was good, reported and counted."""
+
+    def __init__(self, source: VideoSource, report: VideoReport) -> None:
+        self._source, self._report = source, report
+        self._reasons: dict[int, tuple[str, str]] = {}
+
+    def __contains__(self, index: object) -> bool:
+        return index in self._reasons
+
+    def add(self, file: VideoFile, reason: str) -> None:
+        """Take a file in. ValueError if it makes too many of the source's, or the last one."""
+        self._reasons[file.index] = file.name, reason
+        logger.warning("%s is left out from now on: %s", file.name, reason)
+        write_skipped(self._source, [(file.name, reason)], "a")
+        summary = self.now().summary()
+        bad = len(self._report.rejected) + len(self._reasons)
+        check_share(self._source, bad, bad + len(self.now().good), summary)
+        if not self.now().good:
+            raise ValueError(f"no usable video is left; {summary}")
+
+    def now(self) -> VideoReport:
+        """The probe's report with what has failed since."""
+        good = tuple(file for file in self._report.good if file.index not in self._reasons)
+        rejected = (*self._report.rejected, *self._reasons.values())
+        return replace(self._report, good=good, rejected=rejected)
 
 
 def write_skipped(

@@ -6,31 +6,27 @@ make a clip, graph.py how these become a tensor.
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_kvpo.data.clips import ClipSpec, FileClip, Schedule, cut
+from megatron_kvpo.data.clips import ClipSpec, FileClip, Schedule, cut, untold
 from megatron_kvpo.data.graph import Backend, Decoder
 from megatron_kvpo.data.probe import (
+    Failures,
     VideoFile,
     VideoReport,
-    check_share,
     probe_path,
     probe_source,
-    write_skipped,
 )
 from megatron_kvpo.data.sources import VideoSource
 from megatron_kvpo.parallel.seeds import generator
-
-logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -81,9 +77,11 @@ class VideoPipeline:
         world_size: int = 1,
         backend: Backend = "cpu",
         num_threads: int = 2,
+        captioned: bool = False,
     ) -> None:
         """Probes every file that the source names; bad ones are skipped, reported and counted.
 
+        With `captioned` one that is told in no text is a bad one.
         Raises ValueError if the source is missing or ill-formed, no file is usable, or more than
         source.max_bad are not.
         """
@@ -92,7 +90,10 @@ class VideoPipeline:
         self.source = source if isinstance(source, VideoSource) else VideoSource(path=Path(source))
         self.clip = clip
         self.decoder = Decoder(clip.dtype, backend, min(batch_size, _MOST), num_threads)
-        self.report = probe_source(self.source, clip.fault, num_threads)
+        self.report = probe_source(
+            self.source, lambda file: (untold(file) if captioned else None) or clip.fault(file),
+            num_threads,
+        )  # fmt: skip
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.epoch_number = 0
@@ -103,7 +104,7 @@ class VideoPipeline:
             [sorted(set(self._buckets)).index(bucket) for bucket in self._buckets],
             batch_size * world_size, seed, shuffle,
         )  # fmt: skip
-        self._failed: dict[int, str] = {}
+        self._failures = Failures(self.source, self.report)
 
     def __len__(self) -> int:
         """Usable videos."""
@@ -166,7 +167,7 @@ class VideoPipeline:
     def _clip(self, row: int, epoch: int) -> FileClip:
         """The row's clip, or that of the first substitute that has not failed."""
         file, attempt = self.report.good[row], 0
-        while file.index in self._failed:
+        while file.index in self._failures:
             attempt += 1
             file = self._substitute(row, epoch, attempt)
         return cut(file, self.clip, self.seed, epoch)
@@ -180,17 +181,11 @@ class VideoPipeline:
 
     def _give_up(self, file: VideoFile, reason: str) -> None:
         """Report a file that failed though its probe was good. ValueError if there are too many."""
-        self._failed[file.index] = reason
-        logger.warning("%s is left out from now on: %s", file.name, reason)
-        write_skipped(self.source, [(file.name, reason)], "a")
-        names = {f.index: f.name for f in self.report.good}
-        rejected = (*self.report.rejected, *((names[i], r) for i, r in self._failed.items()))
-        good = tuple(f for f in self.report.good if f.index not in self._failed)
-        now = replace(self.report, good=good, rejected=rejected)
-        check_share(self.source, len(rejected), len(rejected) + len(good), now.summary())
+        self._failures.add(file, reason)
         left = zip(self._buckets, self.report.good, strict=True)
-        if {bucket for bucket, f in left if f.index not in self._failed} != set(self._buckets):
-            raise ValueError(f"no usable video is left in a bucket; {now.summary()}")
+        if {bucket for bucket, f in left if f.index not in self._failures} != set(self._buckets):
+            summary = self._failures.now().summary()
+            raise ValueError(f"no usable video is left in a bucket; {summary}")
 
     def state_dict(self) -> dict[str, int]:
         """Where `epoch` stands after the batches handed out so far; `batches` needs none."""

@@ -172,6 +172,9 @@ class UMT5Encoder:
         return padded(self.embed(texts), self.text_length, self.text_dim)
 
     @torch.no_grad()
+    def require(self, texts: Sequence[str]) -> None:
+        """Any text can be encoded."""
+
     def embed(self, texts: Sequence[str]) -> list[Tensor]:
         """[tokens, D] of each text, unpadded, in the model's dtype on the CPU.
 

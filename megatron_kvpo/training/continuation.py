@@ -32,9 +32,11 @@ class Beginnings:
     """What prompts begin with. Encoded when it is first asked for, then remembered."""
 
     def __init__(
-        self, model: ModelConfig, codec: ShapesCodec | WanVae, device: torch.device
-    ) -> None:
-        self._model, self._codec, self._device = model, codec, device
+        self, model: ModelConfig, codec: ShapesCodec | WanVae, device: torch.device,
+        fps: float | None = None,
+    ) -> None:  # fmt: skip
+        """`fps`: pixel frames a second, by timestamps; None takes a file's as they stand."""
+        self._model, self._codec, self._device, self._fps = model, codec, device, fps
         self._kept: OrderedDict[tuple[Path | None, int | None, int], Tensor] = OrderedDict()
         self._caches: dict[Path, LatentCache] = {}
 
@@ -85,7 +87,7 @@ class Beginnings:
         stride = self._codec.spatial_stride
         size = self._model.latent_height * stride, self._model.latent_width * stride
         count = self._codec.num_pixel_frames(prompt.video_frames)
-        return ClipSpec(num_pixel_frames=count, size=size)
+        return ClipSpec(num_pixel_frames=count, size=size, fps=self._fps)
 
     @staticmethod
     def _is_cached(prompt: Prompt) -> bool:
@@ -102,6 +104,11 @@ class Beginnings:
                 raise ValueError(
                     f"{prompt.video} was encoded by codec {cache.spec.codec}, this run decodes "
                     f"with {own}: encode the videos with the codec of this recipe"
+                )
+            if None not in (self._fps, cache.spec.fps) and cache.spec.fps != self._fps:
+                raise ValueError(
+                    f"{prompt.video} holds {cache.spec.fps:g} pixel frames a second, "
+                    f"data.video_fps is {self._fps:g}: encode the videos at that rate"
                 )
             self._caches[prompt.video] = cache
         return self._caches[prompt.video], prompt.clip

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import Tensor
 
-from megatron_kvpo.config import RunConfig
+from megatron_kvpo.config import CodecConfig, ModelConfig, RunConfig
 from megatron_kvpo.data.embeddings import EmbeddingCache
 from megatron_kvpo.model.codec import ShapesCodec, load_codec
 from megatron_kvpo.model.text_encoder import WordEncoder
@@ -19,24 +18,31 @@ if TYPE_CHECKING:
     from megatron_kvpo.reward.service import RemoteReward
 
 
-class Encoder(Protocol):
-    """Texts to the embeddings that the generator is conditioned on."""
+class WithCodec(Protocol):
+    """A recipe of training or of pre-training."""
 
-    def require(self, texts: Sequence[str]) -> None:
-        """Raise ValueError unless every text can be encoded."""
+    @property
+    def model(self) -> ModelConfig:
+        """Sizes of latents."""
 
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        """`text_BXD`, float32 on the CPU."""
+    @property
+    def codec(self) -> CodecConfig:
+        """What makes them."""
 
 
-def build_encoder(config: RunConfig) -> Encoder:
-    """Embeddings from data.embeddings, or the word encoder of the shapes world.
+def build_encoder(config: RunConfig) -> EmbeddingCache | WordEncoder:
+    """`text_encoder` of data.embeddings."""
+    return text_encoder(config.model, config.data.embeddings)
+
+
+def text_encoder(model: ModelConfig, embeddings: Path | None) -> EmbeddingCache | WordEncoder:
+    """Embeddings from a file, or the word encoder of the shapes world.
 
     ValueError for a file that is missing, no cache, or of other sizes than the model's.
     """
-    text_dim, text_length = config.model.text_dim, config.model.text_length
-    if config.data.embeddings is not None:
-        return EmbeddingCache(config.data.embeddings, text_dim=text_dim, text_length=text_length)
+    text_dim, text_length = model.text_dim, model.text_length
+    if embeddings is not None:
+        return EmbeddingCache(embeddings, text_dim=text_dim, text_length=text_length)
     return WordEncoder(text_dim, text_length)
 
 
@@ -48,7 +54,7 @@ def build_codec(config: RunConfig, ranks: Ranks) -> ShapesCodec | WanVae:
     return codec_on(config, ranks.device)
 
 
-def codec_on(config: RunConfig, device: torch.device) -> ShapesCodec | WanVae:
+def codec_on(config: WithCodec, device: torch.device) -> ShapesCodec | WanVae:
     """`build_codec` for a process that is no rank."""
     if config.codec.vae is None:
         codec = load_codec(config.codec, config.model.latent_channels).to(device)

@@ -15,7 +15,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,13 +28,13 @@ from torch import Tensor
 from megatron_kvpo import log, settings
 from megatron_kvpo.checkpoint.state import load, newest, save
 from megatron_kvpo.data.embeddings import EmbeddingCache
-from megatron_kvpo.data.latents import LatentCache
 from megatron_kvpo.data.prompts import load_prompts
 from megatron_kvpo.model.codec import ShapesCodec
 from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.parallel.collect import mean_over
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import LatentStream
+from megatron_kvpo.training.latent_streams import StreamOpener, opener
 from megatron_kvpo.training.learner import Learner
 from megatron_kvpo.training.pretrain_config import FittingConfig, PretrainConfig
 from megatron_kvpo.training.samples import Sampler, plot_curve
@@ -43,9 +43,6 @@ from megatron_kvpo.training.shapes_corpus import load_corpus
 __all__ = ["PretrainConfig", "pretrain"]
 
 logger = log.get_logger(__name__)
-
-StreamOpener = Callable[[PretrainConfig, Ranks], LatentStream]
-"""Opens this data rank's stream."""
 
 
 class Signals:
@@ -223,15 +220,6 @@ def empty_text(config: PretrainConfig) -> Tensor:
     return found.encode([""])[0]
 
 
-def open_cache(config: PretrainConfig, ranks: Ranks) -> LatentStream:
-    """The cache of latents at latents.folder. ValueError if it cannot be read."""
-    assert config.latents.folder is not None
-    return LatentCache(
-        config.latents.folder, batch_size=config.fitting.batch_size, seed=config.seed,
-        rank=ranks.data.rank, world_size=ranks.data.size, device=ranks.device,
-    )  # fmt: skip
-
-
 def check_recipe(config: PretrainConfig, ranks: Ranks) -> None:
     """ValueError for sizes that do not divide over these ranks."""
     check_layout(config.model, config.parallel, config.stream.block_frames)
@@ -247,7 +235,7 @@ def pretrain(config: PretrainConfig, open_stream: StreamOpener | None = None) ->
 
     Args:
         config: the recipe.
-        open_stream: where batches come from, instead of latents.folder or the shapes world.
+        open_stream: where batches come from, instead of what the recipe names.
 
     Returns:
         What was written, or None if SIGTERM ended the run; then a checkpoint is there.
@@ -262,8 +250,7 @@ def pretrain(config: PretrainConfig, open_stream: StreamOpener | None = None) ->
         settings.dump(config, config.run_folder / "config.yaml")
     stream: LatentStream
     codec: ShapesCodec | None = None
-    if open_stream is None and config.latents.folder is not None:
-        open_stream = open_cache
+    open_stream = open_stream or opener(config)
     if open_stream is None:
         stream, codec = load_corpus(config, ranks)
     else:

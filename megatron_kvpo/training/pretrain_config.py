@@ -15,6 +15,7 @@ from megatron_kvpo.config import (
     PolicyConfig,
     StreamConfig,
 )
+from megatron_kvpo.data.sources import VideoSource
 from megatron_kvpo.method_config import check_positive
 
 
@@ -33,15 +34,89 @@ class VideosConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StreamedVideosConfig:
+    """Videos that are decoded and encoded while training runs, at the size of the model."""
+
+    path: Path = Path("data/clips")
+    """A folder, a JSONL or CSV manifest or tar shards: docs/data.md."""
+
+    max_bad: float = 0.1
+    """Share of files that may be unusable before the run stops."""
+
+    check: Literal["decode", "packets"] = "decode"
+    """How files are probed: VideoSource.check."""
+
+    cache: Path | None = None
+    """Folder of what probing found and of the report of skipped files. None: beside the data."""
+
+    fps: float | None = None
+    """Pixel frames a second, by timestamps. None takes the file's as they stand."""
+
+    start: Literal["fixed", "random", "scene"] = "fixed"
+    """Where clips begin: at `starts` or `every` so many, the batches of a cache; or anew in each
+    epoch, anywhere or where a segment begins."""
+
+    starts: tuple[int, ...] = (0,)
+    """Pixel frames (at `fps`) of each file at which a clip begins."""
+
+    every: int | None = None
+    """Further clips begin every so many pixel frames, as far as a file goes."""
+
+    backend: Literal["cpu", "gpu"] = "cpu"
+    """What decodes; `gpu` is NVDEC."""
+
+    threads: int = 2
+    """Files that a rank decodes at once."""
+
+    def __post_init__(self) -> None:
+        check_positive("latents.videos", threads=self.threads, every=self.every or 1)
+        if self.fps is not None and not self.fps > 0:
+            raise ValueError(f"latents.videos.fps is {self.fps}: it must be above 0")
+        if self.start != "fixed" and (self.starts != (0,) or self.every is not None):
+            raise ValueError(
+                f"latents.videos.start is {self.start}, and starts {list(self.starts)} or every "
+                f"{self.every} are given too: these are for start fixed, leave them out"
+            )
+        _ = self.source
+
+    @property
+    def source(self) -> VideoSource:
+        """As the pipeline takes it. ValueError for a share that is none."""
+        return VideoSource(path=self.path, max_bad=self.max_bad, check=self.check,
+                           cache=self.cache)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LatentsConfig:
-    """Encoded videos on disk."""
+    """Encoded videos: a cache, or videos that are encoded on the way."""
 
     folder: Path | None = None
-    """A cache of latents and embeddings. None: the videos of the shapes world."""
+    """A cache of latents and embeddings. Without it and `videos`: those of the shapes world."""
+
+    videos: StreamedVideosConfig | None = None
+    embeddings: Path | None = None
+    """Of the texts of `videos` (tools.encode_prompts). None: the words of the shapes world."""
 
     empty_text: Path | None = None
     """Embeddings that hold the empty text (tools.encode_prompts --empty), which stands for a
     caption that is dropped. None: a text that is all padding."""
+
+    def __post_init__(self) -> None:
+        if self.folder is not None and self.videos is not None:
+            raise ValueError(
+                f"latents.folder is {self.folder} and latents.videos.path {self.videos.path}: "
+                "training reads one of them, leave the other out"
+            )
+        if self.embeddings is not None and self.videos is None:
+            raise ValueError(
+                f"latents.embeddings is {self.embeddings} and there is no latents.videos: a cache "
+                "and the shapes world bring their own, leave it out"
+            )
+
+    @property
+    def given(self) -> bool:
+        """Whether these are others than the shapes world's."""
+        return self.folder is not None or self.videos is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,14 +273,31 @@ class PretrainConfig:
                 f"stream.num_frames {self.stream.num_frames} exceeds model.max_frames "
                 f"{self.model.max_frames}"
             )
-        if self.fitting.sample_every and self.latents.folder is not None:
+        if self.fitting.sample_every and self.latents.given:
             raise ValueError(
                 f"fitting.sample_every is {self.fitting.sample_every}: samples on the way are for "
-                "the shapes world; set it to 0 where latents.folder is set, and look at a "
-                "checkpoint with tools.generate"
+                "the shapes world; set it to 0 where latents.folder or latents.videos is set, and "
+                "look at a checkpoint with tools.generate"
             )
+        self._check_wan()
         if self.fitting.sample_every < 0:
             raise ValueError(f"fitting.sample_every is {self.fitting.sample_every}: use 0 or more")
+
+    def _check_wan(self) -> None:
+        """Wan's codec does not encode the shapes world, nor do its words tell Wan anything."""
+        if self.codec.vae is None:
+            return
+        if not self.latents.given:
+            raise ValueError(
+                f"codec.vae is {self.codec.vae}, and neither latents.folder nor latents.videos "
+                "says on what to train: name a cache of latents, or videos"
+            )
+        if self.latents.videos is not None and self.latents.embeddings is None:
+            raise ValueError(
+                f"codec.vae is {self.codec.vae} and latents.videos.path "
+                f"{self.latents.videos.path}, without latents.embeddings: tools.encode_prompts "
+                "makes them of the videos' texts"
+            )
 
     @property
     def run_folder(self) -> Path:

@@ -81,7 +81,7 @@ class Run:
         share(range(config.policy.groups_per_update), ranks.data.rank, ranks.data.size)
         log.setup(is_first(ranks))
         codec, encode = build_codec(config, ranks), build_encoder(config).encode
-        begin = Beginnings(config.model, codec, ranks.device)
+        begin = Beginnings(config.model, codec, ranks.device, config.data.video_fps)
         begin.check([*prompts, *held_out])
         judges = connect_judges(config, ranks)
         scorer = Scorer(config.reward, config.stream, codec.decode_rows, judges, ranks.device,

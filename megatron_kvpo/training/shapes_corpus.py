@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log
+from megatron_kvpo.data.clips import cut
+from megatron_kvpo.data.encoding import segments_of
 from megatron_kvpo.data.shapes import write_dataset
 from megatron_kvpo.data.video import ClipSpec, VideoPipeline, load_videos
 from megatron_kvpo.model.codec import ShapesCodec, load_codec, save_codec
@@ -84,7 +85,7 @@ def load_corpus(config: PretrainConfig, ranks: Ranks) -> tuple[Corpus, ShapesCod
     clip = ClipSpec(num_pixel_frames=codec.num_pixel_frames(config.stream.num_frames),
                     size=(videos.size, videos.size), dtype=torch.uint8)  # fmt: skip
     pipeline = VideoPipeline(videos.folder, clip, batch_size=64, shuffle=False,
-                             num_threads=os.cpu_count() or 1)  # fmt: skip
+                             num_threads=os.cpu_count() or 1, captioned=True)  # fmt: skip
     video_NCFHW = load_videos(pipeline)
     logger.info("decoded %d videos in %.0f s", len(video_NCFHW), time.monotonic() - started)
     codec, file = _codec(config, ranks, codec, video_NCFHW)
@@ -94,7 +95,7 @@ def load_corpus(config: PretrainConfig, ranks: Ranks) -> tuple[Corpus, ShapesCod
             for part in torch.split(video_NCFHW, 64)
         ]
     entries = [found.index for found in pipeline.report.good]
-    segment_S3, texts = _segments(config, entries)
+    segment_S3, texts = _segments(pipeline, codec.temporal_stride, config.stream.num_frames)
     encoder = WordEncoder(config.model.text_dim, config.model.text_length)
     first = ranks.data.rank * share
     corpus = Corpus(
@@ -128,13 +129,12 @@ def _codec(
     return found.to(ranks.device).requires_grad_(False).eval(), file
 
 
-def _segments(config: PretrainConfig, entries: list[int]) -> tuple[Tensor, list[str]]:
-    lines = (config.videos.folder / "manifest.jsonl").read_text().splitlines()
+def _segments(pipeline: VideoPipeline, stride: int, num_frames: int) -> tuple[Tensor, list[str]]:
+    """(video, first latent frame, one past the last) of all segments, and their texts."""
     segments, texts = [], []
-    for row, entry in enumerate(entries):
-        item = json.loads(lines[entry])
-        starts = [0, *item["switch_frames"], config.stream.num_frames]
-        for text, first, stop in zip(item["segments"], starts, starts[1:], strict=False):
+    for row, file in enumerate(pipeline.report.good):
+        shown = cut(file, pipeline.clip, 0, 0).segments
+        for first, stop, text in segments_of(shown, file.segments[0].text, num_frames, stride):
             segments.append((row, first, stop))
             texts.append(text)
     return torch.tensor(segments), texts

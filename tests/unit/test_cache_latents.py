@@ -14,7 +14,6 @@ import torch
 
 pytest.importorskip("nvidia.dali")
 
-from megatron_kvpo.data import latent_files
 from megatron_kvpo.data.embeddings import add_texts
 from megatron_kvpo.data.latents import LatentCache
 from megatron_kvpo.data.shapes import write_dataset
@@ -162,11 +161,12 @@ def test_clips_may_begin_anywhere_and_take_every_other_pixel_frame(folder, tmp_p
     assert len(cache) == 18
     line = cache.line(3)
     assert (line.file, line.start) == ("00001.mp4", 8)
+    assert {line.start for line in cache.manifest.lines} == {0, 8}
     codec = cache_latents.codec_on(
         cache_latents.read_recipe(cache_latents._parse(arguments(folder, output))),
         torch.device("cpu"),
     )
-    spec = ClipSpec(num_pixel_frames=9, size=(32, 32), start=8, stride=2)
+    spec = ClipSpec(num_pixel_frames=9, size=(32, 32), start=16, stride=2)
     video = decode_file(folder / "videos" / "00001.mp4", spec)
     assert torch.equal(cache.latent(3), codec.encode(video[None])[0])
 
@@ -210,7 +210,7 @@ def test_wans_vae_encodes_too(folder, tmp_path):
     more = ["model.latent_height=4", "model.latent_width=6", "--vae", str(tmp_path / "vae")]
     assert cache_latents.main([*arguments(folder, output), "--frames", "3", *more]) == 0
     cache = LatentCache(output)
-    assert cache.spec.size == (32, 48)
+    assert cache.spec.sizes == ((32, 48),)
     spec = ClipSpec(num_pixel_frames=9, size=(32, 48))
     video = decode_file(folder / "videos" / "00002.mp4", spec)
     with torch.no_grad():
@@ -231,6 +231,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path
         (["model.colour=3"], r"unknown setting model.colour"),
         (["--embeddings", "/nowhere"], "no prompt embeddings at /nowhere"),
         (["--frames", "9,21"], "must be above 0 and fall"),
+        (["--size", "32", "36"], "frames of 32 x 36 do not divide into patches of 8 x 8"),
+        (["--every", "4", "--starts", "0,8"], "every 4 pixel frames from .0, 8. on: use"),
     ):
         with pytest.raises(ValueError, match=said):
             cache_latents.main(arguments(folder, output, *more))
@@ -239,16 +241,18 @@ def test_what_cannot_work_is_refused_before_anything_is_written(folder, tmp_path
     (output / "shard_00000.safetensors").write_bytes(b"another's")
     with pytest.raises(ValueError, match=r"holds files of something else and no settings.json"):
         cache_latents.main(arguments(folder, output))
-    with pytest.raises(ValueError, match=r"no manifest at .*nowhere"):
+    with pytest.raises(ValueError, match=r"no videos at .*nowhere: give a folder, a .jsonl"):
         cache_latents.main([*arguments(folder, output), "--videos", "/nowhere"])
 
 
-def test_a_folder_without_one_good_clip_ends_with_the_reason(folder, tmp_path):
+def test_a_source_without_one_good_file_or_with_too_many_bad_ones_is_refused(folder, tmp_path):
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     line = {"file": "bad.mp4", "segments": ["a red square"]}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(line) + "\n")
     output = tmp_path / "latents"
-    with pytest.raises(ValueError, match=r"not one of 1 clips can be used, the first because .*"
-                       r"cannot be (decoded|opened)"):  # fmt: skip
+    with pytest.raises(ValueError, match=r"no usable video in .*; 1 of 1 .*bad.mp4: .*cannot be "):
         cache_latents.main([*arguments(folder, output), "--videos", str(tmp_path)])
-    assert len((output / latent_files.REJECTED).read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "skipped.jsonl").read_text())["file"] == "bad.mp4"
+    with pytest.raises(ValueError, match=r"1 of 10 .*more than max_bad 0.05 of the files"):
+        cache_latents.main([*arguments(folder, output), "--max-bad", "0.05"])
+    assert not output.exists()

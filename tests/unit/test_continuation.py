@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.unit.test_stages import run_update
 
 pytest.importorskip("nvidia.dali")
 
+from megatron_kvpo.data.encoding import codec_fingerprint
 from megatron_kvpo.data.prompts import load_prompts
 from megatron_kvpo.data.shapes import write_continuations, write_dataset
 from megatron_kvpo.data.video import ClipSpec, decode_file
@@ -255,6 +257,31 @@ def test_a_file_is_encoded_at_the_generators_size_and_refused_if_it_cannot_be(ti
     for video, message in ((clips / "gone.mp4", "no such file"), (clips, "a folder: name a video")):
         with pytest.raises(ValueError, match=message):
             beginnings.check([dataclasses.replace(prompt, video=video)])
+
+
+def test_a_rate_is_taken_by_timestamps_from_files_and_must_be_that_of_a_cache(
+    tiny, clips, monkeypatch
+):
+    codec = load_codec(small.config("codec.width=8").codec, 4)
+    half = Beginnings(tiny.config.model, codec, torch.device("cpu"), 8.0)
+    video = clips / "00001.mp4"  # 45 pixel frames, 16 a second
+    prompt = dataclasses.replace(continuing(6), video=video)
+    half.check([prompt])
+    pixels = decode_file(video, ClipSpec(num_pixel_frames=21, size=(16, 16), stride=2))
+    assert torch.equal(half.shared(())(prompt), codec.encode(pixels[None]))
+    plain = Beginnings(tiny.config.model, codec, torch.device("cpu"))
+    assert not torch.equal(half.shared(())(prompt), plain.shared(())(prompt))
+    long = dataclasses.replace(prompt, video_frames=9)
+    plain.check([long])
+    with pytest.raises(ValueError, match=r"of which 9 .* too short: 2.812 s, more than 4.000 s"):
+        half.check([long])
+    spec = SimpleNamespace(codec=codec_fingerprint(codec), fps=16.0)
+    cache = SimpleNamespace(spec=spec)
+    monkeypatch.setattr("megatron_kvpo.training.continuation.LatentCache", lambda _: cache)
+    with pytest.raises(ValueError, match=r"holds 16 pixel frames a second, data.video_fps is 8: e"):
+        half.check([dataclasses.replace(prompt, clip=0)])
+    with pytest.raises(ValueError, match=r"data.video_fps is 0.0: it must be above 0"):
+        small.config("data.video_fps=0")
 
 
 def test_clips_that_are_written_lead_to_their_switch_and_are_the_same_each_time(tmp_path):

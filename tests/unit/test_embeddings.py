@@ -151,7 +151,14 @@ def test_the_tool_writes_what_umt5_says_and_loads_it_only_when_needed(tmp_path, 
     monkeypatch.undo()
     assert "" not in cache
     assert encode_prompts.main([*arguments[2:], "--empty"]) == 0
-    found = EmbeddingCache(path).encode(["", TEXTS[0]])
-    torch.testing.assert_close(found, encoder.encode(["", TEXTS[0]]), rtol=1e-5, atol=1e-5)
+    told = EmbeddingCache(path).encode(["", TEXTS[0]])
+    torch.testing.assert_close(told, encoder.encode(["", TEXTS[0]]), rtol=1e-5, atol=1e-5)
+    rows = [{"file": "a.mp4", "caption": "a dog"}, {"file": "b.mp4"},
+            {"file": "c.mp4", "segments": [{"text": "it naps", "start_s": 1}]}]  # fmt: skip
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert encode_prompts.main([*arguments[2:], "--videos", str(tmp_path)]) == 0
+    found = EmbeddingCache(path)
+    assert len(found) == len(TEXTS) + 3
+    assert all(text in found for text in ("a dog", "it naps", ""))
     with pytest.raises(SystemExit):
         encode_prompts.main(arguments[2:])

@@ -14,16 +14,11 @@ import torch
 pytest.importorskip("nvidia.dali")
 
 from megatron_kvpo.config import CodecConfig
-from megatron_kvpo.data.encoding import (
-    EncodingSpec,
-    Told,
-    VideoClip,
-    list_clips,
-    pixel_stride,
-    segments_of,
-)
-from megatron_kvpo.data.latents import ClipOrder, EncodedVideos, LatentCache, read_ahead
+from megatron_kvpo.data.encoded_videos import EncodedVideos
+from megatron_kvpo.data.encoding import EncodingSpec, segments_of
+from megatron_kvpo.data.latents import ClipOrder, LatentCache, read_ahead
 from megatron_kvpo.data.shapes import write_dataset
+from megatron_kvpo.data.sources import VideoSource
 from megatron_kvpo.data.video import ClipSpec, decode_file
 from megatron_kvpo.model.codec import load_codec
 from megatron_kvpo.model.text_encoder import WordEncoder
@@ -67,7 +62,8 @@ def recipe(tmp_path_factory) -> Path:
 
 def make(recipe: Path, videos: Path, output: Path, *more: str) -> Path:
     arguments = [str(recipe), "--videos", str(videos), "--output", str(output), "--device", "cpu"]
-    assert cache_latents.main([*arguments, "--shard-clips", "3", *more]) == 0
+    more = ("--shard-clips", "3", "--max-bad", "0.2", *more)
+    assert cache_latents.main([*arguments, *more]) == 0
     return output
 
 
@@ -79,10 +75,11 @@ def cache(recipe, videos, tmp_path_factory) -> Path:
 def direct(videos: Path, cache: LatentCache, **more: object) -> EncodedVideos:
     """The same data set without the cache."""
     codec = load_codec(CodecConfig(width=8), 4).eval()
-    spec = EncodingSpec.of(codec, WordEncoder(16, 24), size=(32, 32), num_frames=(21, 9),
+    spec = EncodingSpec.of(codec, WordEncoder(16, 24), sizes=((32, 32),), num_frames=(21, 9),
                            dtype=cache.spec.dtype)  # fmt: skip
     assert spec == cache.spec
-    return EncodedVideos(videos, spec, codec, WordEncoder(16, 24), **more)  # type: ignore[arg-type]
+    source = VideoSource(path=videos, max_bad=0.2)
+    return EncodedVideos(source, spec, codec, WordEncoder(16, 24), **more)  # type: ignore[arg-type]
 
 
 def some(stream: LatentCache | EncodedVideos, count: int, step: int = 0) -> list[LatentBatch]:
@@ -237,52 +234,13 @@ def test_another_text_file_or_setting_is_another_data_set(cache, videos, tmp_pat
 
 
 def test_texts_hold_from_the_latent_frame_that_shows_their_first_pixel_frame():
-    told = (Told(0, "a"), Told(9, "b"), Told(33, "c"))  # latent frames 0, 3 and 9 of the file
-    clip = VideoClip(index=0, file="f", start=0, told=told)
-    assert segments_of(clip, 21, 1, 4) == [(0, 3, "a"), (3, 9, "b"), (9, 21, "c")]
-    assert segments_of(clip, 9, 1, 4) == [(0, 3, "a"), (3, 9, "b")]
-    assert segments_of(clip, 21, 2, 4) == [(0, 2, "a"), (2, 5, "b"), (5, 21, "c")]
-    late = dataclasses.replace(clip, start=10)
-    assert segments_of(late, 21, 1, 4) == [(0, 6, "b"), (6, 21, "c")]
-    assert segments_of(dataclasses.replace(clip, start=60), 3, 1, 4) == [(0, 3, "c")]
-    timed = dataclasses.replace(clip, told=(Told(0.5, "a", "s"), Told(1.1, "b", "s")))
-    assert segments_of(timed, 9, 1, 4, 30.0) == [(0, 9, "a")]
-    assert segments_of(timed, 21, 1, 4, 30.0) == [(0, 9, "a"), (9, 21, "b")]
-    assert segments_of(timed, 21, 2, 4, 30.0) == [(0, 5, "a"), (5, 21, "b")]
-
-
-def test_a_manifest_tells_a_video_in_several_ways_and_is_named_where_it_does_not(tmp_path):
-    lines = (
-        {"file": "a", "caption": "cat"},
-        {"file": "b", "segments": ["cat", "dog"], "switch_frames": [3]},
-        {"file": "c", "segments": [{"text": "cat", "start_latent_frame": 0},
-                                   {"text": "dog", "start_pixel_frame": 9}]},
-        {"file": "d", "segments": [{"text": "cat", "start_s": 0}, {"text": "dog", "start_s": 1}]},
-    )  # fmt: skip
-    path = tmp_path / "manifest.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    clips = list_clips(tmp_path, (0, 8))
-    assert [(clip.index, clip.file, clip.start) for clip in clips[:3]] == [
-        (0, "a", 0), (1, "a", 8), (2, "b", 0),
-    ]  # fmt: skip
-    assert clips[0].told == ((0, "cat", "pixel_frame"),)
-    assert clips[2].told == clips[4].told == ((0, "cat", "pixel_frame"), (9, "dog", "pixel_frame"))
-    assert clips[6].told == ((0, "cat", "s"), (1, "dog", "s"))
-    for wrong, said in (
-        ("[]", "no video that is told"), ("{", "Expecting"), ('{"file": "a"}', "'text'"),
-        ('{"segments": ["a"]}', "'file'"), ('{"file": "a", "segments": "a"}', "indices must"),
-        ('{"file": "a", "segments": []}', "0 texts"),
-        ('{"file": "a", "segments": ["a", "b"]}', "2 texts and 0 switch"),
-        ('{"file": "a", "caption": " "}', "a text is empty"),
-        ('{"file": "a", "segments": [{"text": "a", "start_s": 1}, {"text": "b", "start_s": 1}]}',
-         "must follow"),
-    ):  # fmt: skip
-        path.write_text(wrong + "\n")
-        with pytest.raises(ValueError, match=rf"manifest.jsonl line 1: .*{said}.*: write "):
-            list_clips(tmp_path, (0,))
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="names 0 videos"):
-        list_clips(tmp_path, (0,))
+    shown = ((0, "a"), (9, "b"), (33, "c"))
+    assert segments_of(shown, "a", 21, 4) == [(0, 3, "a"), (3, 9, "b"), (9, 21, "c")]
+    assert segments_of(shown, "a", 9, 4) == [(0, 3, "a"), (3, 9, "b")]
+    assert segments_of(((0, "a"), (6, "b"), (8, "c")), "a", 5, 4) == [(0, 2, "a"), (2, 5, "c")]
+    assert segments_of(((0, ""), (6, "b"), (9, "c")), "b", 5, 4) == [(0, 3, "b"), (3, 5, "c")]
+    assert segments_of((), "a", 5, 4) == [(0, 5, "a")]
+    assert segments_of(((0, ""), (18, "b")), "b", 5, 4) == [(0, 5, "b")]
 
 
 def test_what_a_thread_reads_comes_in_order_and_so_do_its_errors():
@@ -301,26 +259,17 @@ def test_what_a_thread_reads_comes_in_order_and_so_do_its_errors():
         read_ahead(read, -1, 2, device)
 
 
-def test_a_rate_is_taken_only_if_the_file_has_a_multiple_of_it(videos):
-    path = videos / "00000.mp4"  # 16 a second
-    assert [pixel_stride(path, fps) for fps in (None, 16, 8, 5.3)] == [1, 1, 2, 3]
-    for fps in (24, 7):
-        with pytest.raises(
-            ValueError, match=rf"has 16 pixel frames a second, no multiple of {fps}"
-        ):
-            pixel_stride(path, fps)
-    with pytest.raises(ValueError, match=r"broken.mp4 cannot be opened"):
-        pixel_stride(videos / "broken.mp4", 8)
-
-
 def test_a_spec_that_cannot_be_is_refused():
     for wrong, said in (
         ({"num_frames": (9, 21)}, "must be above 0 and fall"),
         ({"starts": (0, 0)}, "different pixel frames"),
         ({"dtype": "int8"}, "cannot be had"),
-        ({"fps": 0.0}, "cannot be had"),
+        ({"fps": 0.0}, "must be above 0"),
+        ({"sizes": ()}, "either a size or buckets"),
+        ({"every": 0}, "at least 1, and one start"),
+        ({"every": 8, "starts": (0, 4)}, "at least 1, and one start"),
     ):
-        fields = {"codec": "", "text": "", "text_dim": 1, "text_length": 1, "size": (8, 8),
+        fields = {"codec": "", "text": "", "text_dim": 1, "text_length": 1, "sizes": ((8, 8),),
                   "num_frames": (21,), **wrong}  # fmt: skip
         with pytest.raises(ValueError, match=said):
             EncodingSpec(**fields)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from megatron_kvpo.model import sight
 from megatron_kvpo.records import LatentBatch
 from megatron_kvpo.training import forcing as module
 from megatron_kvpo.training.forcing import pick_segments
-from megatron_kvpo.training.pretrain import cut_curve, empty_text, open_cache
+from megatron_kvpo.training.latent_streams import open_cache, open_videos, opener
+from megatron_kvpo.training.pretrain import cut_curve, empty_text
 from tests.unit import small
 from tests.unit.tiny_pretrain import LORA, Clips, lively, recipe
 
@@ -28,6 +30,14 @@ ranks = small.ranks
         (["parallel.branch=2"], "parallel.branch is 2: pre-training has no branches"),
         (["fitting.forcing=diffusion"], "own_estimates_from 0.5: .*set fitting.own_estimates_from"),
         (["latents.folder=x", "fitting.sample_every=5"], "sample_every is 5: .*set it to 0"),
+        (["latents.videos.path=x", "fitting.sample_every=5"], "latents.videos is set, and look"),
+        (["latents.videos.path=x", "latents.folder=y"], "folder is y and .* reads one of them"),
+        (["latents.embeddings=x"], "embeddings is x and there is no latents.videos"),
+        (["codec.vae=x"], "vae is x, and neither latents.folder nor latents.videos says"),
+        (["codec.vae=x", "latents.videos.path=y"], "path y, without latents.embeddings: tools"),
+        (["latents.videos.start=random", "latents.videos.every=9"], "start is random, and starts"),
+        (["latents.videos.fps=0"], "fps is 0.0: it must be above 0"),
+        (["latents.videos.max_bad=2"], "max_bad 2.0 is a share of the files"),
         (["trained.adapter=x"], "trained.adapter is x and trained.mode full: merge it first"),
         (["fitting.own_history=1.5"], "fitting.own_history is 1.5: it is a share"),
         (["fitting.micro_rows=-1"], "fitting.micro_rows is -1: it must be above 0"),
@@ -184,18 +194,31 @@ def test_the_empty_text_is_padding_or_what_the_text_encoder_says(tmp_path):
     assert empty_text(config).sum(1).tolist() == [16, *[0] * 11]
 
 
-def test_a_cache_is_opened_with_this_ranks_share(tmp_path, ranks, monkeypatch):
-    opened = {}
+def test_what_the_recipe_names_is_opened_with_this_ranks_share(tmp_path, ranks, monkeypatch):
+    opened: dict[str, object] = {}
     config = recipe(tmp_path, "latents.folder=there")
+    assert opener(recipe(tmp_path)) is None
+    assert opener(config) is open_cache
     with pytest.raises(ValueError, match="no latents at there"):
         open_cache(config, ranks)
-    monkeypatch.setattr(
-        "megatron_kvpo.training.pretrain.LatentCache",
-        lambda folder, **how: opened.update(how, folder=folder),
-    )
+
+    def cache(folder, **how):
+        opened.update(how, folder=folder)
+        line = SimpleNamespace(shape=(18, 4, 8, 8))
+        spec = SimpleNamespace(text_length=12, text_dim=16)
+        return SimpleNamespace(manifest=SimpleNamespace(lines=[line]), spec=spec)
+
+    monkeypatch.setattr("megatron_kvpo.training.latent_streams.LatentCache", cache)
     open_cache(config, ranks)
     assert opened == {"folder": Path("there"), "batch_size": 4, "seed": 3, "rank": 0,
                       "world_size": 1, "device": ranks.device}  # fmt: skip
+    videos = recipe(tmp_path, "latents.videos.path=there")
+    assert opener(videos) is open_videos
+    with pytest.raises(ValueError, match="no videos at there: give a folder"):
+        open_videos(videos, ranks)
+    other = recipe(tmp_path, "latents.videos.path=x", "latents.embeddings=nowhere")
+    with pytest.raises(ValueError, match="no prompt embeddings at nowhere"):
+        open_videos(other, ranks)
 
 
 def test_the_curve_is_cut_where_a_run_goes_on(tmp_path, ranks):
