@@ -13,8 +13,7 @@
 ''':'
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-[ -x "$python" ] || python=$(command -v python3)
+python=$(command -v "${PYTHON:-$root/.venv/bin/python}" || command -v python3)
 exec "$python" "$root/launch/pretrain_kvpo.sh" "$@"
 : <<'#PYTHON_ENDS'
 '''
