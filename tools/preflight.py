@@ -47,15 +47,18 @@ logger = log.get_logger("megatron_kvpo.tools.preflight")
 _GROUND = ("versions", "settings", "gpu", "all-reduce", "all-reduce in node")
 """Checks without which an update is not worth trying."""
 
+_NAME_COLUMNS = 18
+
 
 def measure_links(
     device: torch.device, topology: Topology | None
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """All-reduces over the node and over all ranks, pairs of GPUs, and what is expected of them."""
-    world, local = dist.get_world_size(), probes.local_world()
+    world = dist.get_world_size()
+    local = probes.local_world(topology.gpus_per_node if topology else world)
     nodes = [list(range(a, min(a + local, world))) for a in range(0, world, local)]
     found: dict[str, Any] = {}
-    if len(nodes) > 1:
+    if len(nodes) > 1 and local > 1:
         groups = [dist.new_group(ranks) for ranks in nodes]
         mine = dist.get_rank() // local
         found["all-reduce in node"] = probes.all_reduce_gb_s(device, groups[mine], nodes[mine])
@@ -74,7 +77,7 @@ def examine(
     config: RunConfig, topology: Topology | None, limits: Limits, device: torch.device,
     words: probes.Group,
 ) -> tuple[list[Check], list[dict[str, Any]]]:  # fmt: skip
-    """Every check and what every rank found, the same on all ranks. Collective."""
+    """Every check but the update, and what every rank found: the same on all. Collective."""
     world = dist.get_world_size()
     facts = probes.gathered(
         {"host": probes.host(), "versions": probes.versions(), "gpu": probes.gpu(device),
@@ -99,7 +102,6 @@ def examine(
     else:
         checks.append(left_out("all-reduce", "there is 1 rank"))
     checks.append(ask_scorers(config, limits, words, hosts))
-    checks.append(try_update(config, checks, device, words, hosts))
     return checks, facts
 
 
@@ -118,7 +120,7 @@ def ask_scorers(
 
 def try_update(
     config: RunConfig, before: Sequence[Check], device: torch.device, words: probes.Group,
-    hosts: Sequence[str],
+    facts: Sequence[dict[str, Any]],
 ) -> Check:  # fmt: skip
     """One small update, unless what it stands on has failed already. Collective."""
     name = "one update"
@@ -130,18 +132,19 @@ def try_update(
         seconds = preflight_update.update_s(config, world, gpu=device.type == "cuda")
     except (ValueError, RuntimeError, OSError) as error:
         fault = f"{type(error).__name__}: {error}"
+        logger.error("rank %d, one update: %s", dist.get_rank(), fault)  # others may not come back
     said = probes.gathered((fault, seconds), words)
     faults = {rank: why for rank, (why, _) in enumerate(said) if why is not None}
     slowest = max(took for _, took in said)
+    hosts = [fact["host"] for fact in facts]
     return verdict(name, faults, f"at reduced size, {slowest:.1f} s, its alarms on", hosts)
 
 
 def show(checks: Sequence[Check]) -> None:
-    """The table, a line a check."""
-    width = max(len(check.name) for check in checks)
+    """Lines of the table."""
     for check in checks:
         say: Callable[..., None] = logger.error if check.status == "FAIL" else logger.info
-        say("%-8s  %-*s  %s", check.status, width, check.name, check.detail)
+        say("%-8s  %-*s  %s", check.status, _NAME_COLUMNS, check.name, check.detail)
 
 
 def join(config: RunConfig) -> tuple[torch.device, probes.Group]:
@@ -185,9 +188,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first = dist.get_rank() == 0
     log.setup(first)
     checks, facts = examine(config, topology, limits, device, words)
+    show(checks if first else [])
+    checks.append(try_update(config, checks, device, words, facts))
+    show(checks[-1:] if first else [])
     failed = [check.name for check in checks if check.status == "FAIL"]
     if first:
-        show(checks)
         _write(options, checks, facts)
     if not failed:  # else NCCL could wait here for a collective that some rank has left
         dist.destroy_process_group()

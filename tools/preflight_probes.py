@@ -219,6 +219,6 @@ def scorers(config: RunConfig, limit_s: float) -> str | None:
     return None
 
 
-def local_world() -> int:
-    """Ranks of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def local_world(default: int) -> int:
+    """Ranks of this machine, as whoever started them says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", default))

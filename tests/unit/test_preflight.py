@@ -158,6 +158,7 @@ def _examined(config: RunConfig, user: int = 0) -> dict[str, tuple[str, list[int
     os.seteuid(user)
     checks, facts = preflight.examine(config, None, Limits(scorer_s=0.5), device, words)
     assert len(facts) == dist.get_world_size()
+    checks.append(preflight.try_update(config, checks, device, words, facts))
     return {check.name: (check.status, check.ranks, check.detail) for check in checks}
 
 
@@ -238,3 +239,40 @@ def test_ranks_that_the_layout_does_not_divide_are_refused_before_anything_start
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="3 ranks cannot be split"):
         preflight.join(load_config(ROOT / "examples/wan/longlive_14b.yaml", ["device=cpu"]))
+
+
+def _on_gpus(count: int, tmp_path: Path, *options: str) -> tuple[int, dict[str, str], str]:
+    """Exit code, status of each check and stderr of a preflight of the demo on so many GPUs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr",
+               "127.0.0.1", "--nproc_per_node", str(count), "-m", "tools.preflight",
+               "examples/shapes/demo.yaml", "device=cuda", f"folder={tmp_path}", *options,
+               "--output", str(tmp_path / "found.json"), "--disk-gib", "1"]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=400
+    )
+    record = json.loads((tmp_path / "found.json").read_text())
+    return done.returncode, {c["name"]: c["status"] for c in record["checks"]}, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_gpu_is_looked_at_and_updates(tmp_path):
+    code, status, stderr = _on_gpus(1, tmp_path)
+    assert code == 0, stderr[-4000:]
+    assert (status["gpu"], status["one update"], status["all-reduce"]) == ("ok", "ok", "left out")
+    assert status["gpu health"] in ("ok", "left out")
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_are_measured_against_a_topology_and_a_wrong_one_is_found_out(tmp_path):
+    two = tmp_path / "two.yaml"
+    two.write_text("gpus_per_node: 2\nnvlink_gb_s: 450\nparallel: {branch: 2}\n")
+    code, status, stderr = _on_gpus(2, tmp_path, "--topology", str(two))
+    assert code == 0, stderr[-4000:]
+    assert [status[name] for name in ("gpu", "all-reduce", "pair", "one update")] == ["ok"] * 4
+    two.write_text("gpus_per_node: 2\nnvlink_gb_s: 1e6\ngpu: Z80\n")
+    code, status, stderr = _on_gpus(2, tmp_path, "--topology", str(two))
+    assert code == 1
+    assert (status["gpu"], status["all-reduce"]) == ("FAIL", "FAIL")
+    assert "the topology says Z80" in stderr
