@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Variables of NCCL, CUDA and torch for a run: `source launch/env.sh`. launch/pretrain_kvpo.sh does so by itself.
 # What is set already is left alone, as everywhere below: ${NAME=value} assigns only where NAME is unset.
 

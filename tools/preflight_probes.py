@@ -143,7 +143,7 @@ def shared_folder(folder: Path, words: Group) -> dict[str, Any]:
 
 def clock_ahead_s(words: Group) -> float:
     """Seconds that this rank's clock is ahead of rank 0's, the median of rounds. Collective."""
-    found = []
+    found: list[float] = []
     for _ in range(_CLOCK_ROUNDS):
         dist.barrier(group=words)
         times = gathered(time.time(), words)
