@@ -37,7 +37,7 @@ from tools.plan_layouts import (
     too_large,
 )
 from tools.plan_memory import Memory
-from tools.plan_rates import Rates, load_rates
+from tools.plan_rates import load_rates
 from tools.plan_time import Update, cases, scores_elsewhere, scoring_costs, update_seconds
 
 logger = log.get_logger("megatron_kvpo.tools.plan")
@@ -54,6 +54,8 @@ class Option:
     layout: Layout
     memory: Memory
     update: Update
+    notes: tuple[str, ...]
+    """What its seconds were put together from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Plan:
     """The others, and why."""
 
     notes: list[str]
-    """What the seconds were put together from."""
+    """Of the best ones, and of these machines."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,11 +109,12 @@ def make(config: RunConfig, topology: Topology, forks: Sequence[int] | None = No
         if why is not None:
             refused.append((layout, why))
             continue
+        rates.notes.clear()
         update = update_seconds(rates, config, topology, layout, prompts, forks=forks,
                                 recomputed=found.recomputed)  # fmt: skip
-        options.append(Option(layout, found, update))
+        options.append(Option(layout, found, update, tuple(sorted(rates.notes))))
     options.sort(key=lambda option: option.update.seconds)
-    return Plan(topology, options, refused, _notes(rates, topology))
+    return Plan(topology, options, refused, _notes(options[:BEST], topology))
 
 
 def _memory(
@@ -126,8 +129,8 @@ def _memory(
     return too_large(config, prompts, place)
 
 
-def _notes(rates: Rates, topology: Topology) -> list[str]:
-    found = sorted(rates.notes)
+def _notes(options: Sequence[Option], topology: Topology) -> list[str]:
+    found = sorted({note for option in options for note in option.notes})
     if topology.gpus > 2:
         found.append("no update on more than two GPUs was measured")
     if topology.nodes > 1:
@@ -195,6 +198,7 @@ def option_mapping(option: Option) -> dict[str, Any]:
         "stages_s": option.update.stages, "lost_s": option.update.lost,
         "peak_gib": option.memory.peak, "memory_gib": option.memory.terms,
         "moment": option.memory.moment, "recomputed": option.memory.recomputed,
+        "notes": option.notes,
     }  # fmt: skip
 
 

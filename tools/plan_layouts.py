@@ -37,16 +37,21 @@ class Topology:
     """H100 or H200."""
 
     gpu_memory_gib: float
-    nvlink_gb_s: float
+    nvlink_gb_s: float = 0.0
     """From a GPU to the others of its machine, one way."""
 
-    ib_gb_s: float
+    ib_gb_s: float = 0.0
     """From a GPU to other machines, one way."""
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "gpu_memory_gib", "nvlink_gb_s"):
+        for name in ("nodes", "gpus_per_node", "gpu_memory_gib"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"topology {name} is {getattr(self, name)}: give it above 0")
+        if self.gpus_per_node > 1 and self.nvlink_gb_s <= 0:
+            raise ValueError(
+                f"topology nvlink_gb_s is {self.nvlink_gb_s} with {self.gpus_per_node} GPUs a "
+                "node: give the GB/s of a GPU's way to its neighbours"
+            )
         if self.nodes > 1 and self.ib_gb_s <= 0:
             raise ValueError(
                 f"topology ib_gb_s is {self.ib_gb_s} with {self.nodes} nodes: give the GB/s of a "
@@ -69,11 +74,12 @@ H100 = dataclasses.replace(H200, gpu="H100", gpu_memory_gib=79.1)
 def read_topology(path: Path) -> Topology:
     """A YAML file of launch/topologies. ValueError for what is missing or wrong in it."""
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    names = {f.name for f in dataclasses.fields(Topology)}
-    if not isinstance(values, dict) or (missing := names - values.keys()):
-        lacks = sorted(missing) if isinstance(values, dict) else sorted(names)
+    fields = dataclasses.fields(Topology)
+    values = values if isinstance(values, dict) else {}
+    needed = [f.name for f in fields if f.default is dataclasses.MISSING]
+    if lacks := [name for name in needed if name not in values]:
         raise ValueError(f"{path} does not describe machines: it lacks {lacks}")
-    own: dict[str, Any] = {name: values[name] for name in names}
+    own: dict[str, Any] = {f.name: values[f.name] for f in fields if f.name in values}
     gpu = str(own["gpu"]).upper()
     own["gpu"] = next((kind for kind in ("H100", "H200") if kind in gpu), gpu)
     return settings.from_mapping(Topology, own)

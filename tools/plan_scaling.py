@@ -28,12 +28,12 @@ def scaling(
     unit = _unit(config, kind, sizes, forks, make)
     for mode in ("weak", "strong"):
         base = 0.0
-        for size in (n for n in sizes if n >= unit):
-            groups = size // unit if mode == "weak" else config.policy.groups_per_update
+        for size in sizes:
+            groups = max(1, size // unit) if mode == "weak" else config.policy.groups_per_update
             plan = make(_with_groups(config, groups), machines(kind, size), forks)
             if not plan.options:
                 found.append({"gpus": size, "kind": mode, "groups": groups, "layout": None,
-                              "why": plan.refused[0][1]})  # fmt: skip
+                              "why": _reason([why for _, why in plan.refused])})  # fmt: skip
                 continue
             best = plan.options[0]
             rate = groups / best.update.seconds / size
@@ -43,9 +43,14 @@ def scaling(
                 "seconds": best.update.seconds, "prompts_an_hour": 3600 * rate * size,
                 "efficiency": rate / base, "peak_gib": best.memory.peak,
                 "stages_s": best.update.stages, "lost_s": best.update.lost,
-                "memory_gib": best.memory.terms, "notes": plan.notes,
+                "memory_gib": best.memory.terms, "notes": best.notes,
             })  # fmt: skip
     return found
+
+
+def _reason(refused: Sequence[str]) -> str:
+    """Memory's, if that is one: other layouts are refused on any machines."""
+    return next((why for why in refused if "GiB" in why), refused[0])
 
 
 def _unit(

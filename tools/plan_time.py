@@ -224,13 +224,14 @@ def travel_seconds(config: RunConfig, topology: Topology, layout: Layout) -> dic
     trained = trained_numbers(config, parallel.tensor)
     rows = config.routing.num_branches + 1
     told = groups * rows * sum(sequence_bytes(config)) * (1 - 1 / parallel.branch)
+    reduced = 2 * (1 - 1 / replicas) * trained * 4
     team = layout.model_ranks * parallel.branch
     static = static_bytes(config, parallel, replicas, 1)
     kept = static["weights"] + static["slots"] + 2 * trained * 4
     every = config.checkpoint.every
     return {
-        "gather": told / _speed(topology, team),
-        "all-reduce": 2 * (1 - 1 / replicas) * trained * 4 / _speed(topology, topology.gpus),
+        "gather": told / _speed(topology, team) if told else 0.0,
+        "all-reduce": reduced / _speed(topology, topology.gpus) if reduced else 0.0,
         "step": trained * STEP_S_A_NUMBER,
         "checkpoint": kept / (DISK_GB_S * 1e9) / every if every else 0.0,
     }
