@@ -174,8 +174,26 @@ class CheckpointConfig:
     """Updates between checkpoints; one is written at the end too. 0 writes none."""
 
     keep: int = 2
-    resume: bool = True
-    """Continue from the newest checkpoint in the run's folder, if there is one."""
+    resume: bool | Literal["auto", "never", "must"] = True
+    """`true` or `auto`: continue from the newest sound checkpoint in the run's folder, if there is
+    one. `must`: there has to be one. `false` or `never`: start anew."""
+
+    background: bool = False
+    """Copy tensors to the host and write them while the run goes on: the same files, at the cost of
+    a rank's share of a checkpoint in host memory. Pre-training waits all the same."""
+
+    tolerated_failures: int = 1
+    """Saves in a row that may fail with a warning. One more ends the run, as does a failure of its
+    last save."""
+
+    def __post_init__(self) -> None:
+        check_positive("checkpoint", keep=self.keep)
+        counts = {"every": self.every, "tolerated_failures": self.tolerated_failures}
+        for name, value in counts.items():
+            if value < 0:
+                raise ValueError(f"checkpoint.{name} is {value}: use 0 or more")
+        if self.resume in ("auto", "never"):  # so that `if resume` means what it says
+            object.__setattr__(self, "resume", self.resume == "auto")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -111,6 +111,7 @@ class Stopwatch:
 
 
 _running: Stopwatch | None = None
+_listeners: list[Callable[[str, bool], None]] = []
 _lock = threading.Lock()
 """Of the spans, and of who may still add some."""
 
@@ -118,6 +119,26 @@ _lock = threading.Lock()
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Charge what happens inside to a stage, and not to the stage around it."""
+    for tell in _listeners:
+        tell(name, True)
+    with _charged(name):
+        yield
+    for tell in _listeners:
+        tell(name, False)
+
+
+@contextmanager
+def listening(tell: Callable[[str, bool], None]) -> Iterator[None]:
+    """Inside, `tell(name, begins)` is called as stages begin and, unless they fail, end."""
+    _listeners.append(tell)
+    try:
+        yield
+    finally:
+        _listeners.remove(tell)
+
+
+@contextmanager
+def _charged(name: str) -> Iterator[None]:
     watch = _running
     if watch is None:
         yield

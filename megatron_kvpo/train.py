@@ -22,14 +22,15 @@ from megatron_kvpo.training.run import Run
 def train(config: RunConfig) -> None:
     """Run until config.num_updates updates are done, from a checkpoint if there is one."""
     run = Run.start(config)  # ranks, model, policies, prompts, rewards; resumed if it can be
-    with Metrics(config, run.first, resume_at=run.update) as metrics:
+    with run.watched(), Metrics(config, run.first, resume_at=run.update) as metrics:
         run.evaluate("before", metrics)
         with log.Progress(config.num_updates, first=run.first, start=run.update) as progress:
-            for update in range(run.update, config.num_updates):
-                if run.stopped:
-                    break
+            update = run.update
+            while not run.ends(update):
                 train_step(run, update, metrics, progress)
-        run.evaluate("after", metrics)
+                update += 1
+        if not run.interrupted:
+            run.evaluate("after", metrics)
     run.finish(progress.seconds_per_update)
 
 
