@@ -25,9 +25,9 @@ from megatron_kvpo.reward_config import RewardConfig
 
 __all__ = [
     "AdvantageConfig", "AlarmsConfig", "CheckpointConfig", "CodecConfig", "DataConfig",
-    "EnergyConfig", "EvaluationConfig", "LogConfig", "LossConfig", "MemoryConfig", "ModelConfig",
-    "OptimizerConfig", "ParallelConfig", "PolicyConfig", "RewardConfig", "RoutingConfig",
-    "RunConfig", "StreamConfig", "load_config",
+    "EnergyConfig", "EvaluationConfig", "HeartbeatConfig", "LogConfig", "LossConfig",
+    "MemoryConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PolicyConfig",
+    "RewardConfig", "RoutingConfig", "RunConfig", "StreamConfig", "load_config",
 ]  # fmt: skip
 
 
@@ -197,6 +197,25 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeartbeatConfig:
+    """Finding and naming a rank that hangs."""
+
+    every_s: float = 5.0
+    limit_s: float = 1800.0
+    """Without a sign of progress for so long, every rank leaves its stacks in the run's folder and
+    the run ends with code 75. Several ranks wait no longer than 0.95 parallel.timeout_s, when
+    collectives are about to give up. 0 watches nothing."""
+
+    def __post_init__(self) -> None:
+        check_positive("heartbeat", every_s=self.every_s)
+        if self.limit_s and self.limit_s < 2 * self.every_s:
+            raise ValueError(
+                f"heartbeat.limit_s {self.limit_s:g} is below two beats of heartbeat.every_s "
+                f"{self.every_s:g}: raise the one, lower the other, or set limit_s to 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     """Where a run reports to. A JSONL is always written."""
 
@@ -217,6 +236,13 @@ class AlarmsConfig:
 
     ratio_tolerance: float = 1e-5
     """Largest |ratio - 1| before the first update, times temperature."""
+
+    dump: bool = True
+    """Before an alarm, or energies and advantages that are not finite, end the run, write the
+    update's groups and weights for tools.replay_group."""
+
+    dump_updates: tuple[int, ...] = ()
+    """Updates, counted from 0, that are written in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,6 +269,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
     log: LogConfig = field(default_factory=LogConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 

@@ -111,7 +111,7 @@ class Stopwatch:
 
 
 _running: Stopwatch | None = None
-_listeners: list[Callable[[str, bool], None]] = []
+_listeners: list[Callable[[str, str], None]] = []
 _lock = threading.Lock()
 """Of the spans, and of who may still add some."""
 
@@ -120,16 +120,25 @@ _lock = threading.Lock()
 def stage(name: str) -> Iterator[None]:
     """Charge what happens inside to a stage, and not to the stage around it."""
     for tell in _listeners:
-        tell(name, True)
+        tell("begins", name)
     with _charged(name):
         yield
     for tell in _listeners:
-        tell(name, False)
+        tell("ends", name)
+
+
+def passing(place: str) -> None:
+    """Say where a stage has come to, for whoever listens."""
+    for tell in _listeners:
+        tell("at", place)
 
 
 @contextmanager
-def listening(tell: Callable[[str, bool], None]) -> Iterator[None]:
-    """Inside, `tell(name, begins)` is called as stages begin and, unless they fail, end."""
+def listening(tell: Callable[[str, str], None]) -> Iterator[None]:
+    """Inside, tell("begins", stage), tell("ends", stage) and tell("at", place) are called.
+
+    A stage that fails does not end.
+    """
     _listeners.append(tell)
     try:
         yield

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log
@@ -27,9 +28,12 @@ from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sizing import run_pages
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import legal_forks
+from megatron_kvpo.training.alarms import AlarmError, check_start
 from megatron_kvpo.training.continuation import Beginnings
 from megatron_kvpo.training.evaluate import Evaluator
+from megatron_kvpo.training.group_dump import Figures, dump
 from megatron_kvpo.training.guard import Guard
+from megatron_kvpo.training.heartbeat import Heartbeat
 from megatron_kvpo.training.metrics import Metrics
 from megatron_kvpo.training.parts import build_codec, build_encoder, connect_judges
 from megatron_kvpo.training.policy import Policy
@@ -75,6 +79,8 @@ class Run:
         self._signal = StopSignal()
         self._checkpoints = config.run_folder / "checkpoints"
         self._saver = Saver(config.checkpoint, self._checkpoints, ranks, saved=0)
+        self._heartbeat = Heartbeat(config.heartbeat, config.run_folder, ranks,
+                                    config.parallel.timeout_s)  # fmt: skip
 
         self._tables: dict[str, EvaluationTable] = {}
         self._real: float | None = None
@@ -121,8 +127,8 @@ class Run:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While the run goes on, SIGTERM and SIGUSR1 are heard by `ends`."""
-        with self._signal.watched():
+        """While the run goes on, SIGTERM and SIGUSR1 are heard by `ends`, and hangs are told."""
+        with self._signal.watched(), self._heartbeat.running():
             yield
 
     @property
@@ -136,6 +142,7 @@ class Run:
         It does after its last update, when the guard of the rewards says so, or when a signal has
         reached any rank; then everything is saved.
         """
+        self._heartbeat.update = update
         number, writing = agree(self.ranks, self._signal.number, self._saver.writing)
         if number:
             self._interrupt(update, signal.Signals(number).name)
@@ -173,6 +180,38 @@ class Run:
         current, *others = self.stages.replays(update, groups, asks)
         old = current if sampled_by_current else others.pop(0)
         return current, old, (others.pop() if others else current) if wanted else None
+
+    def check_start(
+        self, update: int, groups: Sequence[SampledGroup],
+        energies: tuple[Energies, Energies, Energies | None],
+    ) -> None:  # fmt: skip
+        """The alarms of a start. One that fails leaves a dump if it may. Collective."""
+        alarms, (current, old, _) = self.config.alarms, energies
+        try:
+            check_start(alarms, self.stages, update, groups, old, current)
+        except AlarmError:  # raised on all ranks
+            if alarms.dump:
+                dump(self.config, self.ranks, self.policy, update, groups,
+                     Figures(energies=energies))  # fmt: skip
+            raise
+
+    def examine(self, update: int, groups: Sequence[SampledGroup], figures: Figures) -> None:
+        """Dump the update if it is asked for, or if a rank's figures are not finite. Collective.
+
+        ValueError for figures of another rank; those of this one fail in the loss, by name.
+        """
+        alarms, finite = self.config.alarms, figures.is_finite()
+        bad = torch.tensor(float(not finite), device=self.ranks.device)
+        if self.ranks.world > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        lost = bool(bad)
+        if update in alarms.dump_updates or (lost and alarms.dump):
+            dump(self.config, self.ranks, self.policy, update, groups, figures)
+        if lost and finite:
+            raise ValueError(
+                f"update {update}: energies or advantages of another rank are not finite: no "
+                "weight was changed. See that rank's message"
+            )
 
     def evaluate(self, name: str, metrics: Metrics) -> None:
         """Evaluate `before` (the initial weights) or `after` (config.evaluation.adapter)."""

@@ -40,9 +40,10 @@ class Job:
     """At which of its moments, counted from 0."""
 
     at: str = ""
-    """Or the first of this name."""
+    """Or at that one of this name."""
 
     signal: int = signal.SIGKILL
+    """0: it sleeps until it is killed."""
 
 
 @dataclass
@@ -80,14 +81,20 @@ class Moments:
         self._job, self._hit = job, rank == job.rank
         self.names: list[str] = []
 
-    def stage(self, name: str, begins: bool) -> None:
-        self.come(f"{name} {'begins' if begins else 'ends'}")
+    def stage(self, kind: str, name: str) -> None:
+        if kind != "at":
+            self.come(f"{name} {kind}")
 
     def come(self, name: str) -> None:
-        there = name == self._job.at if self._job.at else len(self.names) == self._job.moment
+        if self._job.at:
+            there = name == self._job.at and self.names.count(name) == self._job.moment
+        else:
+            there = len(self.names) == self._job.moment
         self.names.append(name)
         if self._hit and there:
             self._hit = False
+            if not self._job.signal:
+                time.sleep(2 * PATIENCE_S)
             os.kill(os.getpid(), self._job.signal)
 
     @contextlib.contextmanager
