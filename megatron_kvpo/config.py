@@ -25,9 +25,9 @@ from megatron_kvpo.reward_config import RewardConfig
 
 __all__ = [
     "AdvantageConfig", "AlarmsConfig", "CheckpointConfig", "CodecConfig", "DataConfig",
-    "EnergyConfig", "EvaluationConfig", "LogConfig", "LossConfig", "MemoryConfig", "ModelConfig",
-    "OptimizerConfig", "ParallelConfig", "PolicyConfig", "RewardConfig", "RoutingConfig",
-    "RunConfig", "StreamConfig", "load_config",
+    "EnergyConfig", "EvaluationConfig", "HeartbeatConfig", "LogConfig", "LossConfig",
+    "MemoryConfig", "ModelConfig", "OptimizerConfig", "ParallelConfig", "PolicyConfig",
+    "RewardConfig", "RoutingConfig", "RunConfig", "StreamConfig", "load_config",
 ]  # fmt: skip
 
 
@@ -182,8 +182,45 @@ class CheckpointConfig:
     """Updates between checkpoints; one is written at the end too. 0 writes none."""
 
     keep: int = 2
-    resume: bool = True
-    """Continue from the newest checkpoint in the run's folder, if there is one."""
+    resume: bool | Literal["auto", "never", "must"] = True
+    """`true` or `auto`: continue from the newest sound checkpoint in the run's folder, if there is
+    one. `must`: there has to be one. `false` or `never`: start anew."""
+
+    background: bool = False
+    """Copy tensors to the host and write them while the run goes on: the same files, at the cost of
+    a rank's share of a checkpoint in host memory. Pre-training waits all the same."""
+
+    tolerated_failures: int = 1
+    """Saves in a row that may fail with a warning. One more ends the run, as does a failure of its
+    last save."""
+
+    def __post_init__(self) -> None:
+        check_positive("checkpoint", keep=self.keep)
+        counts = {"every": self.every, "tolerated_failures": self.tolerated_failures}
+        for name, value in counts.items():
+            if value < 0:
+                raise ValueError(f"checkpoint.{name} is {value}: use 0 or more")
+        if self.resume in ("auto", "never"):  # so that `if resume` means what it says
+            object.__setattr__(self, "resume", self.resume == "auto")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeartbeatConfig:
+    """Finding and naming a rank that hangs."""
+
+    every_s: float = 5.0
+    limit_s: float = 1800.0
+    """Without a sign of progress for so long, every rank leaves its stacks in the run's folder and
+    the run ends with code 75. Several ranks wait no longer than 0.95 parallel.timeout_s, when
+    collectives are about to give up. 0 watches nothing."""
+
+    def __post_init__(self) -> None:
+        check_positive("heartbeat", every_s=self.every_s)
+        if self.limit_s and self.limit_s < 2 * self.every_s:
+            raise ValueError(
+                f"heartbeat.limit_s {self.limit_s:g} is below two beats of heartbeat.every_s "
+                f"{self.every_s:g}: raise the one, lower the other, or set limit_s to 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,6 +244,13 @@ class AlarmsConfig:
 
     ratio_tolerance: float = 1e-5
     """Largest |ratio - 1| before the first update, times temperature."""
+
+    dump: bool = True
+    """Before an alarm, or energies and advantages that are not finite, end the run, write the
+    update's groups and weights for tools.replay_group."""
+
+    dump_updates: tuple[int, ...] = ()
+    """Updates, counted from 0, that are written in any case."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,6 +277,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    heartbeat: HeartbeatConfig = field(default_factory=HeartbeatConfig)
     log: LogConfig = field(default_factory=LogConfig)
     alarms: AlarmsConfig = field(default_factory=AlarmsConfig)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -111,6 +111,7 @@ class Stopwatch:
 
 
 _running: Stopwatch | None = None
+_listeners: list[Callable[[str, str], None]] = []
 _lock = threading.Lock()
 """Of the spans, and of who may still add some."""
 
@@ -118,6 +119,35 @@ _lock = threading.Lock()
 @contextmanager
 def stage(name: str) -> Iterator[None]:
     """Charge what happens inside to a stage, and not to the stage around it."""
+    for tell in _listeners:
+        tell("begins", name)
+    with _charged(name):
+        yield
+    for tell in _listeners:
+        tell("ends", name)
+
+
+def passing(place: str) -> None:
+    """Say where a stage has come to, for whoever listens."""
+    for tell in _listeners:
+        tell("at", place)
+
+
+@contextmanager
+def listening(tell: Callable[[str, str], None]) -> Iterator[None]:
+    """Inside, tell("begins", stage), tell("ends", stage) and tell("at", place) are called.
+
+    A stage that fails does not end.
+    """
+    _listeners.append(tell)
+    try:
+        yield
+    finally:
+        _listeners.remove(tell)
+
+
+@contextmanager
+def _charged(name: str) -> Iterator[None]:
     watch = _running
     if watch is None:
         yield

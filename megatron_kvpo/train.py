@@ -13,7 +13,8 @@ import sys
 from megatron_kvpo import log
 from megatron_kvpo.algorithm.loss import energy_weights
 from megatron_kvpo.config import RunConfig, load_config
-from megatron_kvpo.training.alarms import check_gradients, check_start
+from megatron_kvpo.training.alarms import check_gradients
+from megatron_kvpo.training.group_dump import Figures
 from megatron_kvpo.training.metrics import Metrics
 from megatron_kvpo.training.reward_log import reward_lines
 from megatron_kvpo.training.run import Run
@@ -22,14 +23,15 @@ from megatron_kvpo.training.run import Run
 def train(config: RunConfig) -> None:
     """Run until config.num_updates updates are done, from a checkpoint if there is one."""
     run = Run.start(config)  # ranks, model, policies, prompts, rewards; resumed if it can be
-    with Metrics(config, run.first, resume_at=run.update) as metrics:
+    with run.watched(), Metrics(config, run.first, resume_at=run.update) as metrics:
         run.evaluate("before", metrics)
         with log.Progress(config.num_updates, first=run.first, start=run.update) as progress:
-            for update in range(run.update, config.num_updates):
-                if run.stopped:
-                    break
+            update = run.update
+            while not run.ends(update):
                 train_step(run, update, metrics, progress)
-        run.evaluate("after", metrics)
+                update += 1
+        if not run.interrupted:
+            run.evaluate("after", metrics)
     run.finish(progress.seconds_per_update)
 
 
@@ -45,11 +47,13 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
     # Replay: how likely does each policy, unrouted, find these branches?
     current, old, reference = run.energies(update, groups)
     if update == run.update:
-        check_start(config.alarms, stages, update, groups, old, current)
+        run.check_start(update, groups, (current, old, reference))
 
     # Reward: what are they worth, beside the anchor?
     rewards = stages.score(groups)
     advantage_PG, scale_P, seen = stages.advantages(update, groups, rewards)
+    run.examine(update, groups, Figures(energies=(current, old, reference), tables=rewards,
+                                        advantage_PG=advantage_PG, scale_P=scale_P))  # fmt: skip
     metrics.log_rewards(update, reward_lines(groups, rewards, advantage_PG, run.ranks))
 
     # Update: the loss sees G numbers a group, so each branch goes backward by itself.

@@ -28,7 +28,7 @@ from megatron_kvpo.rollout.sampler import (
     nothing_given,
 )
 from megatron_kvpo.rollout.stream import Stream, World
-from megatron_kvpo.stopwatch import stage
+from megatron_kvpo.stopwatch import passing, stage
 
 
 class Sent(Protocol):
@@ -171,6 +171,7 @@ def roll_out_group(
     blocks: list[Tensor] = []
     with stage("prefix"):
         for frame in range(0, plan.fork_frame, config.block_frames):
+            passing(f"prompt {prompt.index}, latent frame {frame}")
             _switch(stream, encode, prompt, blocks)
             block = given_block(prompt, given, frame, config)
             if block is None:
@@ -213,6 +214,7 @@ def _branch(
     window_stop = plan.fork_frame + plan.num_blocks * config.block_frames
     records: list[BlockRecord] = []
     for frame in range(plan.fork_frame, config.num_frames, config.block_frames):
+        passing(f"prompt {prompt.index}, sequences {list(sequences)}, latent frame {frame}")
         if frame == window_stop:
             stream.keep_window()
         if frame != plan.fork_frame:

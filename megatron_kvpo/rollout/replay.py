@@ -17,6 +17,7 @@ from megatron_kvpo.records import Prompt, Trajectory
 from megatron_kvpo.rollout.group import GroupNoise, SampledGroup
 from megatron_kvpo.rollout.sampler import TextEncoder, context_state, encode_for_rows
 from megatron_kvpo.rollout.stream import Stream, World
+from megatron_kvpo.stopwatch import passing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +82,7 @@ def replay(
         stream = sampled.prefix.fork(len(rows), texts.at(plan.fork_frame))
         kept: list[Stream] = []
         for block in range(plan.num_blocks):
+            passing(f"prompt {group.prompt.index}, rows {list(rows)}, latent frame {stream.frame}")
             if block and stream.frame in group.prompt.switch_frames:
                 stream.recache(texts.at(stream.frame), latent_BFCHW[:, : stream.frame])
             last = block + 1 == plan.num_blocks

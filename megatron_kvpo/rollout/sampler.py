@@ -14,6 +14,7 @@ from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.parallel.transfer import indices
 from megatron_kvpo.records import Prompt
 from megatron_kvpo.rollout.stream import Stream, World
+from megatron_kvpo.stopwatch import passing
 
 BlockNoise = Callable[[int], Tensor]
 """Step number -> noise_BFCHW: 0 is the starting state, s what makes the state of step s."""
@@ -161,6 +162,7 @@ def generate_videos(
     given = {prompt: begin(prompt) for prompt in dict.fromkeys(prompts)}
     blocks: list[Tensor] = []
     for frame in range(0, config.num_frames, config.block_frames):
+        passing(f"latent frame {frame} of {len(stream.tables)} videos")
         if any(frame in prompt.switch_frames for prompt in prompts):
             _switch(stream, encode, prompts, torch.cat(blocks, dim=1))
         draws = [

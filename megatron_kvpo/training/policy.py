@@ -21,6 +21,9 @@ from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.optimizer import Optimizer, build_optimizer
 
+WEIGHTS = ("model", "slots")
+"""The parts of a policy's state that hold weights."""
+
 
 class Policy:
     """A model, its four slots of weights and the optimizer of the current one."""
@@ -92,9 +95,14 @@ class Policy:
             )
         return state
 
-    @torch.no_grad()
     def load_state(self, state: dict[str, Any]) -> None:
         """Take what was loaded into `sharded_state`. Weights were filled in place."""
+        self.load_weights(state)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @torch.no_grad()
+    def load_weights(self, state: dict[str, Any]) -> None:
+        """Take the parts WEIGHTS of what was loaded, and leave the optimizer as it is."""
         own = dict(self.model.named_parameters())
         for name, value in state["model"].items():
             own[name].copy_(value)
@@ -102,4 +110,3 @@ class Policy:
             held = {f"slots.{name}": p for name, p in self.bank.named_parameters()}
             for name, value in state["slots"].items():
                 held[name].copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log
-from megatron_kvpo.checkpoint.state import load, newest, save
+from megatron_kvpo.checkpoint.state import load, newest_sound, retire
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
 from megatron_kvpo.model.specs import check_layout
@@ -25,12 +28,16 @@ from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sizing import run_pages
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import legal_forks
+from megatron_kvpo.training.alarms import AlarmError, check_start
 from megatron_kvpo.training.continuation import Beginnings
 from megatron_kvpo.training.evaluate import Evaluator
+from megatron_kvpo.training.group_dump import Figures, dump
 from megatron_kvpo.training.guard import Guard
+from megatron_kvpo.training.heartbeat import Heartbeat
 from megatron_kvpo.training.metrics import Metrics
 from megatron_kvpo.training.parts import build_codec, build_encoder, connect_judges
 from megatron_kvpo.training.policy import Policy
+from megatron_kvpo.training.recovery import Saver, StopSignal, agree
 from megatron_kvpo.training.replays import Ask
 from megatron_kvpo.training.report import write_report
 from megatron_kvpo.training.stages import Stages
@@ -65,6 +72,15 @@ class Run:
         self.guard = Guard(config.reward.guard, config.reward.held_out)
         self._last = config.num_updates
         """Updates done when the run ends."""
+
+        self.interrupted = False
+        """Whether a signal has ended the run before its last update, or its last evaluation."""
+
+        self._signal = StopSignal()
+        self._checkpoints = config.run_folder / "checkpoints"
+        self._saver = Saver(config.checkpoint, self._checkpoints, ranks, saved=0)
+        self._heartbeat = Heartbeat(config.heartbeat, config.run_folder, ranks,
+                                    config.parallel.timeout_s)  # fmt: skip
 
         self._tables: dict[str, EvaluationTable] = {}
         self._real: float | None = None
@@ -109,10 +125,42 @@ class Run:
         log.setup(is_first(ranks), config.run_folder)
         return run
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """While the run goes on, SIGTERM and SIGUSR1 are heard by `ends`, and hangs are told."""
+        with self._signal.watched(), self._heartbeat.running():
+            yield
+
     @property
     def stopped(self) -> bool:
         """Whether the guard of the rewards has ended the run before its last update."""
         return self.guard.stops
+
+    def ends(self, update: int) -> bool:
+        """Whether the run ends before `update`, on all ranks alike. Collective.
+
+        It does after its last update, when the guard of the rewards says so, or when a signal has
+        reached any rank; then everything is saved.
+        """
+        self._heartbeat.update = update
+        number, writing = agree(self.ranks, self._signal.number, self._saver.writing)
+        if number:
+            self._interrupt(update, signal.Signals(number).name)
+        elif not writing:
+            self._saver.settle()
+        return self.interrupted or self.stopped or update >= self.config.num_updates
+
+    def _interrupt(self, update: int, name: str) -> None:
+        self.interrupted = True
+        self._saver.settle()
+        if self.config.checkpoint.every and update > self._saver.saved:
+            self._saver.save(update, lambda: self._tree(update), last=True)
+        kept = "saved" if self.config.checkpoint.every else "lost, as checkpoint.every is 0"
+        if self.first:
+            logger.warning(
+                "asked to end by %s: %d updates are done and %s; the same command goes on from "
+                "there", name, update, kept,
+            )  # fmt: skip
 
     def energies(
         self, update: int, groups: Sequence[SampledGroup]
@@ -132,6 +180,38 @@ class Run:
         current, *others = self.stages.replays(update, groups, asks)
         old = current if sampled_by_current else others.pop(0)
         return current, old, (others.pop() if others else current) if wanted else None
+
+    def check_start(
+        self, update: int, groups: Sequence[SampledGroup],
+        energies: tuple[Energies, Energies, Energies | None],
+    ) -> None:  # fmt: skip
+        """The alarms of a start. One that fails leaves a dump if it may. Collective."""
+        alarms, (current, old, _) = self.config.alarms, energies
+        try:
+            check_start(alarms, self.stages, update, groups, old, current)
+        except AlarmError:  # raised on all ranks
+            if alarms.dump:
+                dump(self.config, self.ranks, self.policy, update, groups,
+                     Figures(energies=energies))  # fmt: skip
+            raise
+
+    def examine(self, update: int, groups: Sequence[SampledGroup], figures: Figures) -> None:
+        """Dump the update if it is asked for, or if a rank's figures are not finite. Collective.
+
+        ValueError for figures of another rank; those of this one fail in the loss, by name.
+        """
+        alarms, finite = self.config.alarms, figures.is_finite()
+        bad = torch.tensor(float(not finite), device=self.ranks.device)
+        if self.ranks.world > 1:
+            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+        lost = bool(bad)
+        if update in alarms.dump_updates or (lost and alarms.dump):
+            dump(self.config, self.ranks, self.policy, update, groups, figures)
+        if lost and finite:
+            raise ValueError(
+                f"update {update}: energies or advantages of another rank are not finite: no "
+                "weight was changed. See that rank's message"
+            )
 
     def evaluate(self, name: str, metrics: Metrics) -> None:
         """Evaluate `before` (the initial weights) or `after` (config.evaluation.adapter)."""
@@ -195,23 +275,34 @@ class Run:
                         grad=grad_norm)  # fmt: skip
 
     def save(self, update: int) -> None:
-        """Write a checkpoint if it is time."""
-        checkpoint = self.config.checkpoint
-        last = update == self._last
-        if checkpoint.every and (last or update % checkpoint.every == 0):
-            tree = self.policy.sharded_state()
-            tree["run"] = {"update": update, "seed": self.config.seed,
-                           "strikes": self.guard.strikes}  # fmt: skip
-            save(self.config.run_folder / "checkpoints", update, tree, self.ranks, checkpoint.keep)
+        """Write a checkpoint, or begin to, if it is time."""
+        every, last = self.config.checkpoint.every, update == self._last
+        if every and (last or update % every == 0):
+            self._saver.save(update, lambda: self._tree(update), last=last)
+
+    def _tree(self, update: int) -> dict[str, Any]:
+        """All that a resumed run needs. Collective."""
+        tree = self.policy.sharded_state()
+        tree["run"] = {"update": update, "seed": self.config.seed, "strikes": self.guard.strikes}
+        return tree
 
     def _resume(self) -> None:
-        folder = self.config.run_folder / "checkpoints"
-        found = newest(folder) if self.config.checkpoint.resume else None
+        folder, checkpoint = self._checkpoints, self.config.checkpoint
+        if not checkpoint.resume:
+            if checkpoint.every:
+                retire(folder, self.ranks)
+            return
+        found = newest_sound(folder, self.ranks)
         if found is None:
+            if checkpoint.resume == "must":
+                raise ValueError(
+                    f"checkpoint.resume is must and {folder} has 0 checkpoints: give the name and "
+                    "folder of the run that is to go on, or set checkpoint.resume=auto"
+                )
             return
         tree = self.policy.sharded_state()
         tree["run"] = {}
-        state = load(found, tree, self.ranks)
+        state = load(found, tree, self.ranks, checked=True)
         saved = state["run"]
         if saved["seed"] != self.config.seed:
             raise ValueError(
@@ -226,6 +317,7 @@ class Run:
             )
         self.policy.load_state(state)
         self.update, self.guard.strikes = int(saved["update"]), int(saved.get("strikes", 0))
+        self._saver.saved = self.update
         logger.info("resuming from %s: %d updates are done", found, self.update)
         if self.stopped:
             self._last = self.update
@@ -239,7 +331,7 @@ class Run:
         `seconds_per_update` is nan if a finished run was started again and did no update.
         """
         folder = self.config.run_folder
-        if self.first and "after" in self._tables:
+        if self.first and "after" in self._tables and not self.interrupted:
             if math.isnan(seconds_per_update):
                 seconds_per_update = _earlier_seconds(folder / "summary.json")
             summary = summarise(

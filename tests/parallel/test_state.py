@@ -178,7 +178,7 @@ def test_a_broken_save_leaves_the_last_checkpoint_and_can_be_repeated(alone, tmp
     model = Tiny(alone, seed=0)
     first = save(tmp_path, 1, model.sharded(), alone, keep=1)
     with monkeypatch.context() as patch:
-        patch.setattr("megatron_kvpo.checkpoint.state.FileSystemWriter.write_data", _no_space)
+        patch.setattr("megatron_kvpo.checkpoint.writing.FileSystemWriter.write_data", _no_space)
         with pytest.raises(OSError, match=r"step_00000002 was not written: .*No space left"):
             save(tmp_path, 2, model.sharded(), alone, keep=1)
     assert newest(tmp_path) == first

@@ -1,0 +1,119 @@
+"""When a run saves, what it does about saves that fail, and how it ends when it is asked to.
+
+Everything that ranks tell each other here happens between two updates, on the main thread.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_kvpo.checkpoint.state import Saving
+from megatron_kvpo.config import CheckpointConfig
+from megatron_kvpo.log import get_logger
+from megatron_kvpo.parallel.groups import Ranks, is_first
+
+logger = get_logger(__name__)
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What a scheduler sends before it takes the machines: Slurm's --signal=B:USR1@120, or SIGTERM."""
+
+
+class StopSignal:
+    """Which of SIGNALS this process got last; they end nothing while `watched`."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """0: none."""
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, SIGNALS are noted only. Outside the main thread nothing is watched."""
+        with ExitStack() as stack:
+            try:
+                for number in SIGNALS:
+                    before = signal.signal(number, self._note)
+                    stack.callback(signal.signal, number, before)
+            except ValueError:  # only the main thread may
+                logger.warning("signals are not watched: this is not the main thread")
+            yield
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+
+
+class Saver:
+    """The checkpoints of one run, written at once or in the background."""
+
+    def __init__(self, config: CheckpointConfig, folder: Path, ranks: Ranks, saved: int) -> None:
+        """`saved`: updates that are safe already, as those of the checkpoint it resumed from."""
+        self._config, self._folder, self._ranks = config, folder, ranks
+        self._saving: Saving | None = None
+        self._failures = 0
+        self.saved = saved
+        """Updates that the newest checkpoint has, published or on its way."""
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's files of a checkpoint are still being written."""
+        return self._saving is not None and not self._saving.done
+
+    def save(self, step: int, make: Callable[[], dict[str, Any]], *, last: bool = False) -> None:
+        """Save what `make` returns, after a save that is going on. Collective.
+
+        `last`: no later save will make up for it: it is written at once, and may not fail.
+
+        Raises:
+            OSError: it failed, and so did more saves in a row than the settings tolerate.
+        """
+        self.settle(last=False)
+        background = self._config.background and not last
+        try:
+            self._saving = Saving(self._folder, step, make(), self._ranks, self._config.keep,
+                                  background=background)  # fmt: skip
+        except OSError as error:
+            self._bear(error, last)
+            return
+        self.saved = step
+        if not background:
+            self.settle(last=last)
+
+    def settle(self, *, last: bool = False) -> None:
+        """Publish what is being written, waiting for it. Collective. See `save`."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return
+        try:
+            saving.finish()
+            self._failures = 0
+        except OSError as error:
+            self.saved = min(self.saved, saving.step - 1)
+            self._bear(error, last)
+
+    def _bear(self, error: OSError, last: bool) -> None:
+        """Warn of a failed save, or give up. The same on all ranks."""
+        self._failures += 1
+        most = self._config.tolerated_failures
+        if last or self._failures > most:
+            raise OSError(f"{error} (failure {self._failures} in a row)") from error
+        if is_first(self._ranks):
+            logger.warning(
+                "%s. The run goes on: %d of %d failures in a row that "
+                "checkpoint.tolerated_failures allows", error, self._failures, most,
+            )  # fmt: skip
+
+
+def agree(ranks: Ranks, number: int, writing: bool) -> tuple[int, bool]:
+    """The signal that any rank got, 0 if none did, and whether any still writes. Collective."""
+    told = torch.tensor([number, int(writing)], device=ranks.device)
+    if ranks.world > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    number, writing = told.tolist()
+    return int(number), bool(writing)
