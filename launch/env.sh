@@ -9,8 +9,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS=1}"
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED=1}"
 
 # Segments grow in place, so memory is not lost to fragments between passes of many sizes.
-# Captured CUDA graphs and peer-to-peer work with it since torch 2.5 and NCCL 2.19.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True}"
+# The figures in docs/benchmarks were measured without it: set it to nothing to repeat them.
+export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}}"
 
 # Megatron's tensor parallelism wants kernels to start in the order of their launches, so that an exchange is
 # not overtaken by the product that it should run beside: one hardware queue. megatron-core asks for it with
@@ -21,15 +21,18 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS=1}"
 # hang too), so that torchrun ends the other ranks instead of all of them waiting for ever.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING=3}"
 
-# The last collectives of each rank are kept: when one times out, they tell who was missing where.
-export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE=2000}"
-# (Written to a file then, whose place is TORCH_NCCL_DEBUG_INFO_TEMP_FILE.)
+# The last collectives of each rank are kept: when one times out, they tell who was missing where. (Older
+# torch knows this as TORCH_NCCL_TRACE_BUFFER_SIZE.)
+export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}}"
+
+# They go to a file then, TORCH_NCCL_DEBUG_INFO_TEMP_FILE with the rank behind it.
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT=1}"
 
 # Errors and what NCCL finds wrong with the machine; INFO prints every ring.
 export NCCL_DEBUG="${NCCL_DEBUG=WARN}"
 
-# The default of 20 (about 17 s) kills runs when a switch reroutes; 22 waits four times as long.
+# How long an adapter waits for an answer: 4.096 us x 2^22 = 17 s a try, so that a switch may reroute. NCCL's
+# default is a quarter of it, or less.
 export NCCL_IB_TIMEOUT="${NCCL_IB_TIMEOUT=22}"
 
 # Not set here, on purpose:
