@@ -40,7 +40,7 @@ class _Held:
         for item in plan.items:
             found = planner.resolve_data(item)
             if isinstance(found, Tensor):
-                found = found.detach().to("cpu", copy=True).contiguous()
+                found = found.detach().to("cpu", copy=True)
             self._data[item.index] = found
 
     def resolve_data(self, item: WriteItem) -> Any:
