@@ -188,7 +188,7 @@ class CheckpointConfig:
 
     background: bool = False
     """Copy tensors to the host and write them while the run goes on: the same files, at the cost of
-    a rank's share of a checkpoint in host memory. Pre-training waits all the same."""
+    a rank's share of a checkpoint in host memory."""
 
     tolerated_failures: int = 1
     """Saves in a row that may fail with a warning. One more ends the run, as does a failure of its

@@ -15,10 +15,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log, settings
-from megatron_kvpo.checkpoint.state import load, newest, save
+from megatron_kvpo.checkpoint.state import load
 from megatron_kvpo.data.embeddings import EmbeddingCache
 from megatron_kvpo.data.prompts import load_prompts
 from megatron_kvpo.model.codec import ShapesCodec
@@ -37,35 +34,13 @@ from megatron_kvpo.records import LatentStream
 from megatron_kvpo.training.latent_streams import StreamOpener, opener
 from megatron_kvpo.training.learner import Learner
 from megatron_kvpo.training.pretrain_config import FittingConfig, PretrainConfig
+from megatron_kvpo.training.recovery import Saver, StopSignal, checkpoint_to_resume
 from megatron_kvpo.training.samples import Sampler, plot_curve
 from megatron_kvpo.training.shapes_corpus import load_corpus
 
 __all__ = ["PretrainConfig", "pretrain"]
 
 logger = log.get_logger(__name__)
-
-
-class Signals:
-    """Whether the process was asked to end (SIGTERM): the step in the making is finished first."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    @contextmanager
-    def watched(self) -> Iterator[Signals]:
-        """Inside, SIGTERM only sets `asked`. Outside the main thread nothing is watched."""
-        try:
-            before = signal.signal(signal.SIGTERM, self._ask)
-        except ValueError:  # only the main thread may
-            yield self
-            return
-        try:
-            yield self
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
 
 
 class Loop:
@@ -79,6 +54,9 @@ class Loop:
         self._fitting: FittingConfig = config.fitting
         self._ranks, self._stream = learner.ranks, stream
         self._folder, self._curve = config.run_folder, config.run_folder / "curve.jsonl"
+        self._checkpoints = config.run_folder / "checkpoints"
+        self._saver = Saver(config.checkpoint, self._checkpoints, self._ranks, saved=0)
+        self._signal = StopSignal()
         self.step = 0
         """Steps done."""
 
@@ -91,12 +69,12 @@ class Loop:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one. ValueError for another run's."""
-        found = newest(self._folder / "checkpoints") if self._config.checkpoint.resume else None
+        found = checkpoint_to_resume(self._config.checkpoint, self._checkpoints, self._ranks)
         if found is None:
             return
         tree = self._learner.sharded_state()
         tree["run"] = {}
-        state = load(found, tree, self._ranks)
+        state = load(found, tree, self._ranks, checked=True)
         self._check(found, state["run"])
         self._learner.load_state(state)
         saved = state["run"]
@@ -124,14 +102,14 @@ class Loop:
             )
 
     def run(self) -> bool:
-        """All steps that are left; False if SIGTERM ended them early. A checkpoint is left."""
+        """All steps that are left; False if a signal ended them early. A checkpoint is left."""
         started, first = time.monotonic() - self._seconds, self.step
         cut_curve(self._curve, first, self._ranks)
         progress = log.Progress(self._fitting.steps, first=is_first(self._ranks), start=first,
                                 label="step")  # fmt: skip
-        with Signals().watched() as signals, progress:
+        with self._signal.watched(), progress:
             batches = self._stream.batches(first)
-            done, asked = self._agree(started, signals)
+            done, asked = self._agree(started)
             while done < 1 and not asked:
                 own = done >= self._fitting.own_estimates_from
                 loss = self._learner.train_step(next(batches), self.step, own=own,
@@ -140,26 +118,33 @@ class Loop:
                 self._since += 1
                 self.step += 1
                 self._seconds = time.monotonic() - started
-                done, asked = self._agree(started, signals)
+                done, asked = self._agree(started)
                 if self.step % self._fitting.log_every == 0 or done >= 1:
                     self._report(progress)
                 self._show(last=done >= 1)
-                self._save(last=done >= 1 or asked)
+                self._save(last=done >= 1 or asked > 0)
+            self._saver.settle(last=True)
         if asked:
+            name = signal.Signals(asked).name
             kept = "saved" if self._config.checkpoint.every else "lost, as checkpoint.every is 0"
-            logger.warning("asked to end by SIGTERM: %d steps are done and %s", self.step, kept)
+            logger.warning("asked to end by %s: %d steps are done and %s", name, self.step, kept)
         return not asked
 
-    def _agree(self, started: float, signals: Signals) -> tuple[float, bool]:
-        """Share of the schedule that is done, and whether to end: the same on all ranks."""
+    def _agree(self, started: float) -> tuple[float, int]:
+        """Share of the schedule that is done, and the signal to end, if any: alike on all ranks.
+
+        A checkpoint that all ranks have written meanwhile is published.
+        """
         limit = self._fitting.max_seconds
         spent = (time.monotonic() - started) / limit if limit else 0.0
-        told = torch.tensor([spent, float(signals.asked)], dtype=torch.float64)
+        told = torch.tensor([spent, self._signal.number, self._saver.writing], dtype=torch.float64)
         if self._ranks.world > 1:
             told = told.to(self._ranks.device)
             dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        spent, asked = told.tolist()
-        return max(self.step / self._fitting.steps, spent), bool(asked)
+        spent, asked, writing = told.tolist()
+        if not writing:
+            self._saver.settle()
+        return max(self.step / self._fitting.steps, spent), int(asked)
 
     def _scale(self, done: float) -> float:
         if self._fitting.schedule == "constant":
@@ -188,13 +173,13 @@ class Loop:
         checkpoint = self._config.checkpoint
         if not checkpoint.every or not (last or self.step % checkpoint.every == 0):
             return
-        tree = self._learner.sharded_state()
-        tree["run"] = {
+        run = {
             "step": self.step, "seed": self._config.seed, "seconds": self._seconds,
             "data": self._stream.fingerprint(), "since": self._since,
             "loss": float(self._ranks.data.size * mean_over(self._loss, self._ranks.data)),
         }  # fmt: skip
-        save(self._folder / "checkpoints", self.step, tree, self._ranks, checkpoint.keep)
+        self._saver.save(self.step, lambda: {**self._learner.sharded_state(), "run": run},
+                         last=last)  # fmt: skip
 
 
 def append(path: Path, ranks: Ranks, **values: float) -> None:

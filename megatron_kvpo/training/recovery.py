@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_kvpo.checkpoint.state import Saving
+from megatron_kvpo.checkpoint.state import Saving, newest_sound, retire
 from megatron_kvpo.config import CheckpointConfig
 from megatron_kvpo.log import get_logger
 from megatron_kvpo.parallel.groups import Ranks, is_first
@@ -24,6 +24,25 @@ logger = get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What a scheduler sends before it takes the machines: Slurm's --signal=B:USR1@120, or SIGTERM."""
+
+
+def checkpoint_to_resume(config: CheckpointConfig, folder: Path, ranks: Ranks) -> Path | None:
+    """The newest sound one, if the run is to go on from any. Collective.
+
+    A run that starts anew sets those that it finds aside. ValueError if `config.resume` is must and
+    there is none, or if all are damaged.
+    """
+    if not config.resume:
+        if config.every:
+            retire(folder, ranks)
+        return None
+    found = newest_sound(folder, ranks)
+    if found is None and config.resume == "must":
+        raise ValueError(
+            f"checkpoint.resume is must and {folder} has 0 checkpoints: give the name and "
+            "folder of the run that is to go on, or set checkpoint.resume=auto"
+        )
+    return found
 
 
 class StopSignal:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log
-from megatron_kvpo.checkpoint.state import load, newest_sound, retire
+from megatron_kvpo.checkpoint.state import load
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
 from megatron_kvpo.model.specs import check_layout
@@ -37,7 +37,7 @@ from megatron_kvpo.training.heartbeat import Heartbeat
 from megatron_kvpo.training.metrics import Metrics
 from megatron_kvpo.training.parts import build_codec, build_encoder, connect_judges
 from megatron_kvpo.training.policy import Policy
-from megatron_kvpo.training.recovery import Saver, StopSignal, agree
+from megatron_kvpo.training.recovery import Saver, StopSignal, agree, checkpoint_to_resume
 from megatron_kvpo.training.replays import Ask
 from megatron_kvpo.training.report import write_report
 from megatron_kvpo.training.stages import Stages
@@ -287,18 +287,8 @@ class Run:
         return tree
 
     def _resume(self) -> None:
-        folder, checkpoint = self._checkpoints, self.config.checkpoint
-        if not checkpoint.resume:
-            if checkpoint.every:
-                retire(folder, self.ranks)
-            return
-        found = newest_sound(folder, self.ranks)
+        found = checkpoint_to_resume(self.config.checkpoint, self._checkpoints, self.ranks)
         if found is None:
-            if checkpoint.resume == "must":
-                raise ValueError(
-                    f"checkpoint.resume is must and {folder} has 0 checkpoints: give the name and "
-                    "folder of the run that is to go on, or set checkpoint.resume=auto"
-                )
             return
         tree = self.policy.sharded_state()
         tree["run"] = {}

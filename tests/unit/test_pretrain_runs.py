@@ -60,3 +60,25 @@ def test_no_average_takes_no_memory_and_leaves_the_last_weights(tmp_path):
     found = run(recipe(tmp_path, "fitting.ema_decay=0", "fitting.schedule=constant"))
     assert not [name for name in found.weights if name.startswith("slots.")]
     assert found.steps == 4
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_background_saves_leave_the_same_run(
+    tmp_path,
+):
+    every = ["checkpoint.every=1", "checkpoint.keep=3"]
+    whole = run(recipe(tmp_path, "name=whole", *every))
+    aside = [*every, "name=aside", "checkpoint.background=true"]
+    run(recipe(tmp_path, *aside))
+    last = tmp_path / "aside" / "checkpoints" / "step_00000004"
+    tensors = max(last.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(tensors.read_bytes())
+    data[len(data) // 2] ^= 1
+    tensors.write_bytes(data)
+    again = run(recipe(tmp_path, *aside))
+    assert (again.first_step, again.steps, len(again.losses)) == (3, 4, 1)
+    said = (tmp_path / "aside" / "run.log").read_text()
+    assert f"{tensors.name} holds other bytes than were written" in said
+    for name, value in whole.weights.items():
+        assert torch.equal(again.weights[name], value), name
+    with pytest.raises(ValueError, match=r"resume is must and .* has 0 checkpoints"):
+        run(recipe(tmp_path, "name=new", "checkpoint.every=1", "checkpoint.resume=must"))
