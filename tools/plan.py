@@ -1,7 +1,7 @@
 """What a recipe takes on machines that it has not seen: memory by term, seconds by stage, layouts.
 
     python -m tools.plan examples/wan/benchmark_longlive_1.3b.yaml --gpu H200 --gpus 8
-    python -m tools.plan RECIPE --topology launch/topologies/FILE.yaml policy.groups_per_update=8
+    python -m tools.plan RECIPE --topology 32xh200_1.3b policy.groups_per_update=8
     python -m tools.plan --check                                # every committed record
     python -m tools.plan --check docs/benchmarks/update/h100/1.3b_scored.json --json check.json
     python -m tools.plan RECIPE --scaling 1,2,4,8,16,32 --json scaling.json
@@ -28,7 +28,7 @@ from tools.plan_layouts import (
     H100,
     H200,
     Layout,
-    Topology,
+    Machines,
     candidates,
     illegal,
     machines,
@@ -62,7 +62,7 @@ class Option:
 class Plan:
     """All layouts of a recipe on some machines."""
 
-    topology: Topology
+    topology: Machines
     options: list[Option]
     """Legal ones, the fastest first."""
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 _KINDS = {"H200": H200, "H100": H100}
 
 
-def make(config: RunConfig, topology: Topology, forks: Sequence[int] | None = None) -> Plan:
+def make(config: RunConfig, topology: Machines, forks: Sequence[int] | None = None) -> Plan:
     """Every layout, weighed. `forks`: those that count; None is all legal ones."""
     rates, prompts = load_rates(topology.gpu), prompts_of(config)
     options, refused = [], []
@@ -118,7 +118,7 @@ def make(config: RunConfig, topology: Topology, forks: Sequence[int] | None = No
 
 
 def _memory(
-    config: RunConfig, topology: Topology, layout: Layout, prompts: tuple[Prompt, ...],
+    config: RunConfig, topology: Machines, layout: Layout, prompts: tuple[Prompt, ...],
     forks: Sequence[int] | None,
 ) -> tuple[Memory, str | None]:  # fmt: skip
     """Of the rank that lends fewest pages, at the first fork that may be."""
@@ -129,7 +129,7 @@ def _memory(
     return too_large(config, prompts, place)
 
 
-def _notes(options: Sequence[Option], topology: Topology) -> list[str]:
+def _notes(options: Sequence[Option], topology: Machines) -> list[str]:
     found = sorted({note for option in options for note in option.notes})
     if topology.gpus > 2:
         found.append("no update on more than two GPUs was measured")
@@ -227,7 +227,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("recipe", type=Path, nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    parser.add_argument("--topology", type=Path, help="a YAML file that describes the machines")
+    parser.add_argument("--topology", help="a name in launch/topologies, or a file")
     parser.add_argument("--gpu", choices=sorted(_KINDS), default="H200", help="without a topology")
     parser.add_argument("--gpus", type=int, help="of them; default: one machine, or the topology's")
     parser.add_argument("--forks", type=_numbers, metavar="N,N",

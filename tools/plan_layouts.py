@@ -6,18 +6,14 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import yaml
-
-from megatron_kvpo import settings
 from megatron_kvpo.config import ParallelConfig, RunConfig
 from megatron_kvpo.data.prompts import share
 from megatron_kvpo.model import eight_bits
 from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.parallel.groups import check_sizes
 from megatron_kvpo.records import Prompt
+from tools import topology as topology_files
 from tools.plan_memory import Memory, Place, memory, weights_of
 
 CONTEXT_GIB = 4.0
@@ -28,7 +24,7 @@ _SIZES = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Topology:
+class Machines:
     """Machines of one kind."""
 
     nodes: int
@@ -64,28 +60,23 @@ class Topology:
         return self.nodes * self.gpus_per_node
 
 
-H200 = Topology(nodes=1, gpus_per_node=8, gpu="H200", gpu_memory_gib=139.8, nvlink_gb_s=450.0,
+H200 = Machines(nodes=1, gpus_per_node=8, gpu="H200", gpu_memory_gib=139.8, nvlink_gb_s=450.0,
                 ib_gb_s=50.0)  # fmt: skip
 """A machine of 8, with 400 Gbit/s of InfiniBand a GPU."""
 
 H100 = dataclasses.replace(H200, gpu="H100", gpu_memory_gib=79.1)
 
 
-def read_topology(path: Path) -> Topology:
-    """A YAML file of launch/topologies. ValueError for what is missing or wrong in it."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    fields = dataclasses.fields(Topology)
-    values = values if isinstance(values, dict) else {}
-    needed = [f.name for f in fields if f.default is dataclasses.MISSING]
-    if lacks := [name for name in needed if name not in values]:
-        raise ValueError(f"{path} does not describe machines: it lacks {lacks}")
-    own: dict[str, Any] = {f.name: values[f.name] for f in fields if f.name in values}
-    gpu = str(own["gpu"]).upper()
+def read_topology(name: str) -> Machines:
+    """The machines of a topology: see tools.topology.load. ValueError for what it does not say."""
+    found = topology_files.load(name)
+    own = {field.name: getattr(found, field.name) for field in dataclasses.fields(Machines)}
+    gpu = found.gpu.upper()
     own["gpu"] = next((kind for kind in ("H100", "H200") if kind in gpu), gpu)
-    return settings.from_mapping(Topology, own)
+    return Machines(**own)
 
 
-def machines(kind: Topology, gpus: int) -> Topology:
+def machines(kind: Machines, gpus: int) -> Machines:
     """So many GPUs of a kind. ValueError for a part of a machine beside whole ones."""
     nodes = max(1, gpus // kind.gpus_per_node)
     if gpus < 1 or gpus != nodes * min(gpus, kind.gpus_per_node):
@@ -132,7 +123,7 @@ def candidates(config: RunConfig, gpus: int) -> Iterator[Layout]:
         yield Layout(parallel, check_sizes(gpus, parallel))
 
 
-def illegal(config: RunConfig, topology: Topology, layout: Layout) -> str | None:
+def illegal(config: RunConfig, topology: Machines, layout: Layout) -> str | None:
     """Why a recipe cannot run so, memory aside; None if it can."""
     parallel = layout.parallel
     try:
@@ -167,7 +158,7 @@ def _own_sizes(layer: tuple[int, int], tensor: int) -> tuple[int, int]:
 
 
 def place_of(
-    config: RunConfig, topology: Topology, layout: Layout, *, lent: int, reward_gib: float = 0.0
+    config: RunConfig, topology: Machines, layout: Layout, *, lent: int, reward_gib: float = 0.0
 ) -> Place:  # fmt: skip
     """Where a layout's rank runs."""
     limit = topology.gpu_memory_gib - CONTEXT_GIB

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_kvpo.config import RunConfig
-from tools.plan_layouts import Topology, machines
+from tools.plan_layouts import Machines, machines
 
-Maker = Callable[[RunConfig, Topology, Sequence[int] | None], Any]
+Maker = Callable[[RunConfig, Machines, Sequence[int] | None], Any]
 """tools.plan.make."""
 
 
 def scaling(
-    config: RunConfig, kind: Topology, sizes: Sequence[int], forks: Sequence[int] | None,
+    config: RunConfig, kind: Machines, sizes: Sequence[int], forks: Sequence[int] | None,
     make: Maker,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One row a size and kind, the best layout of each.
@@ -54,7 +54,7 @@ def _reason(refused: Sequence[str]) -> str:
 
 
 def _unit(
-    config: RunConfig, kind: Topology, sizes: Sequence[int], forks: Sequence[int] | None,
+    config: RunConfig, kind: Machines, sizes: Sequence[int], forks: Sequence[int] | None,
     make: Maker,
 ) -> int:  # fmt: skip
     """Fewest GPUs that one prompt fits on."""

@@ -14,7 +14,7 @@ from megatron_kvpo.parallel.collect import shares
 from megatron_kvpo.records import Prompt
 from megatron_kvpo.routing import legal_forks
 from tools.plan_count import Counted, Pass, count
-from tools.plan_layouts import Layout, Topology
+from tools.plan_layouts import Layout, Machines
 from tools.plan_memory import sequence_bytes, static_bytes, trained_numbers
 from tools.plan_rates import Rates, family_of
 
@@ -142,7 +142,7 @@ class Update:
 
 
 def update_seconds(
-    rates: Rates, config: RunConfig, topology: Topology, layout: Layout,
+    rates: Rates, config: RunConfig, topology: Machines, layout: Layout,
     prompts: Sequence[Prompt], *, forks: Sequence[int] | None = None, recomputed: float = 0.0,
 ) -> Update:  # fmt: skip
     """Expected over the prompts, their legal forks and the updates between two syncs.
@@ -216,7 +216,7 @@ def expected_longest(times: Sequence[tuple[float, float]], groups: int, ranks: i
     return found
 
 
-def travel_seconds(config: RunConfig, topology: Topology, layout: Layout) -> dict[str, float]:
+def travel_seconds(config: RunConfig, topology: Machines, layout: Layout) -> dict[str, float]:
     """Gradients, trajectories and what follows, once an update. Nothing of it overlaps."""
     parallel = layout.parallel
     replicas = parallel.branch * parallel.context * layout.data
@@ -237,7 +237,7 @@ def travel_seconds(config: RunConfig, topology: Topology, layout: Layout) -> dic
     }
 
 
-def _speed(topology: Topology, ranks: int) -> float:
+def _speed(topology: Machines, ranks: int) -> float:
     """Bytes a second of a collective over so many neighbouring ranks."""
     link = topology.nvlink_gb_s if ranks <= topology.gpus_per_node else topology.ib_gb_s
     return LINK_SHARE * link * 1e9
