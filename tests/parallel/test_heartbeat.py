@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 from dataclasses import replace
@@ -93,7 +94,7 @@ def test_a_stopped_and_a_sleeping_rank_are_named_within_a_minute(tmp_path):
     said = _alarm(folder.parent / "stops")
     assert (said["late"], said["silent"]) == (1, [1])
     assert "at its last beat: rank 1" in said["why"]
-    assert "update 1, stage" in said["why"]
+    assert re.search("update [01], stage", said["why"])  # its last beat may be of the step before
     assert said["why"].endswith("its process is stopped")
     report = (tmp_path / "stops/hang/rank_00000.txt").read_text()
     assert "inside all_" in report
