@@ -25,7 +25,7 @@ from megatron_kvpo.parallel.collect import shares
 from megatron_kvpo.parallel.groups import Axis
 from megatron_kvpo.records import Prompt, RolloutGroup
 from megatron_kvpo.rollout.group import SampledGroup
-from megatron_kvpo.rollout.sizing import run_pages
+from megatron_kvpo.rollout.sizing import rows_at_once, run_pages
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import draw_plan, legal_forks
 from megatron_kvpo.stopwatch import Stopwatch, stage
@@ -89,8 +89,7 @@ def prompts_of(config: RunConfig) -> tuple[Prompt, ...]:
 def rollout_rows(config: RunConfig, branch: int) -> int:
     """Rows that the pages of the fullest branch rank must hold at once, as a run counts them."""
     own = shares(config.routing.num_branches + 1, branch)[0]
-    most = config.policy.rollout_rows or len(own)
-    return max(min(len(own), most), min(config.policy.max_rows, config.routing.num_branches))
+    return rows_at_once(len(own), config.policy, config.routing.num_branches)
 
 
 def pages_of(config: RunConfig, prompts: Sequence[Prompt], branch: int, groups: int) -> int:

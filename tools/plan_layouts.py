@@ -133,7 +133,7 @@ def illegal(config: RunConfig, topology: Machines, layout: Layout) -> str | None
                 f"parallel.branch {parallel.branch} exceeds routing.num_branches "
                 f"{config.routing.num_branches}"
             )
-        _check_groups(config, layout)
+        share(range(config.policy.groups_per_update), 0, layout.data)
         for weight in weights_of(config) if config.model.fp8 else ():
             if weight.layer and weight.family in config.model.fp8:
                 eight_bits.check_sizes(*_own_sizes(weight.layer, parallel.tensor))
@@ -145,11 +145,6 @@ def illegal(config: RunConfig, topology: Machines, layout: Layout) -> str | None
             "exchanges in every layer need NVLink"
         )
     return None
-
-
-def _check_groups(config: RunConfig, layout: Layout) -> None:
-    groups = config.policy.groups_per_update
-    share(range(groups), 0, layout.data)
 
 
 def _own_sizes(layer: tuple[int, int], tensor: int) -> tuple[int, int]:

@@ -26,10 +26,10 @@ from megatron_kvpo.data.encoding import (
 )
 from megatron_kvpo.data.graph import Backend
 from megatron_kvpo.data.latent_clips import ClipSet, Decoded, VideoClip
-from megatron_kvpo.data.latents import ClipOrder, check_shared, joined, moved, placed, read_ahead
+from megatron_kvpo.data.latents import ClipOrder, check_shared, joined, moved, placed
 from megatron_kvpo.data.probe import Failures
 from megatron_kvpo.data.sources import VideoSource
-from megatron_kvpo.data.video import VideoBatch, VideoPipeline
+from megatron_kvpo.data.video import VideoBatch, VideoPipeline, read_ahead
 from megatron_kvpo.model.umt5 import padded
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.parallel.seeds import generator

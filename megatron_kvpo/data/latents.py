@@ -5,13 +5,11 @@ They are the same for the same data, seed and global batch, on any number of dat
 
 from __future__ import annotations
 
-import itertools
 import threading
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,10 +18,9 @@ from torch import Tensor
 from megatron_kvpo.data.encoding import EncodingSpec
 from megatron_kvpo.data.latent_files import AGAIN, Line, checksum, latent_name, read_manifest
 from megatron_kvpo.data.prompts import permutation
+from megatron_kvpo.data.video import read_ahead
 from megatron_kvpo.model.umt5 import padded
 from megatron_kvpo.records import LatentBatch
-
-T = TypeVar("T")
 
 OPEN_SHARDS = 64
 """Shards that are mapped at once."""
@@ -215,34 +212,3 @@ def moved(batch: LatentBatch, device: torch.device) -> LatentBatch:
         latent_BFCHW=batch.latent_BFCHW.to(device), segment_S3=batch.segment_S3.to(device),
         text_SXD=batch.text_SXD.to(device), index_B=batch.index_B,
     )  # fmt: skip
-
-
-def read_ahead(
-    read: Callable[[int], T], step: int, depth: int, device: torch.device
-) -> Iterator[T]:
-    """read(step), read(step + 1), ... without an end, `depth` of them in advance by a thread.
-
-    What `read` raises is raised here, in its turn. The thread, whose CUDA device is `device` if
-    that is one, ends with the iterator.
-    """
-    if step < 0 or depth < 1:
-        raise ValueError(f"step {step} must be 0 or more, and {depth} batches ahead at least 1")
-    return _read_ahead(read, step, depth, device)
-
-
-def _read_ahead(
-    read: Callable[[int], T], step: int, depth: int, device: torch.device
-) -> Iterator[T]:
-    def enter() -> None:
-        if device.type == "cuda":  # CUDA keeps its current device thread by thread
-            torch.cuda.set_device(device)
-
-    pool = ThreadPoolExecutor(1, initializer=enter)
-    waiting = deque(pool.submit(read, step + number) for number in range(depth))
-    try:
-        for number in itertools.count(step + depth):
-            value = waiting.popleft().result()
-            waiting.append(pool.submit(read, number))
-            yield value
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)

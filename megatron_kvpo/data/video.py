@@ -6,8 +6,9 @@ make a clip, graph.py how these become a tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +138,12 @@ class VideoPipeline:
         """
         if step < 0:
             raise ValueError(f"step {step} must be at least 0")
-        return _ahead(self._endless(step))
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+        return read_ahead(self._step, step, _AHEAD, device)
 
-    def _endless(self, step: int) -> Iterator[VideoBatch]:
-        while True:
-            yield self._batch(self._share(self._schedule.step(step)))
-            step += 1
+    def _step(self, step: int) -> VideoBatch:
+        return self._batch(self._share(self._schedule.step(step)))
 
     def _share(self, step: Sequence[T]) -> list[T]:
         each = len(step) // self.world_size
@@ -257,24 +258,32 @@ def probe_file(path: Path, clip: ClipSpec, index: int = 0) -> VideoFile:
     return file
 
 
-def _ahead(items: Iterator[T], depth: int = _AHEAD) -> Iterator[T]:
-    """What `items` yields, made up to `depth` items early on a thread; its errors are raised here.
+def read_ahead(
+    read: Callable[[int], T], step: int, depth: int, device: torch.device
+) -> Iterator[T]:
+    """read(step), read(step + 1), ... without an end, `depth` of them in advance by a thread.
 
-    `items` must not end.
+    What `read` raises is raised here, in its turn. The thread, whose CUDA device is `device` if
+    that is one, ends with the iterator.
     """
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    pool = ThreadPoolExecutor(1, "videos-ahead", initializer=_choose_device, initargs=(device,))
-    waiting = deque(pool.submit(next, items) for _ in range(depth))
+    if step < 0 or depth < 1:
+        raise ValueError(f"step {step} must be 0 or more, and {depth} batches ahead at least 1")
+    return _read_ahead(read, step, depth, device)
+
+
+def _read_ahead(
+    read: Callable[[int], T], step: int, depth: int, device: torch.device
+) -> Iterator[T]:
+    def enter() -> None:
+        if device.type == "cuda":  # a thread begins on GPU 0, whatever its parent uses
+            torch.cuda.set_device(device)
+
+    pool = ThreadPoolExecutor(1, "videos-ahead", initializer=enter)
+    waiting = deque(pool.submit(read, step + number) for number in range(depth))
     try:
-        while True:
-            item = waiting.popleft().result()
-            waiting.append(pool.submit(next, items))
-            yield item
+        for number in itertools.count(step + depth):
+            value = waiting.popleft().result()
+            waiting.append(pool.submit(read, number))
+            yield value
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _choose_device(device: int | None) -> None:
-    """A thread begins on GPU 0, whatever its parent uses."""
-    if device is not None:
-        torch.cuda.set_device(device)

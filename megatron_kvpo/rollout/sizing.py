@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from megatron_kvpo.config import PolicyConfig
 from megatron_kvpo.method_config import MemoryConfig, RoutingConfig, StreamConfig
 from megatron_kvpo.records import Prompt
 from megatron_kvpo.routing import legal_forks
@@ -61,6 +62,12 @@ def run_pages(
     rows = sequences * (branch_pages(stream, routing, prompts) + bank)
     update = groups * prefix + max(stream.block_frames, rows)
     return max(update, videos * video_pages(stream, memory, held_out))
+
+
+def rows_at_once(sequences: int, policy: PolicyConfig, num_branches: int) -> int:
+    """Rows whose pages a rank with so many sequences of a group holds at once: see run_pages."""
+    turn = min(sequences, policy.rollout_rows or sequences)
+    return max(turn, min(policy.max_rows, num_branches))
 
 
 def _bank_pages(memory: MemoryConfig) -> int:

@@ -25,7 +25,7 @@ from megatron_kvpo.records import Energies, LossOutput, Prompt
 from megatron_kvpo.reward.base import SHAPES
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
-from megatron_kvpo.rollout.sizing import run_pages
+from megatron_kvpo.rollout.sizing import rows_at_once, run_pages
 from megatron_kvpo.rollout.stream import World
 from megatron_kvpo.routing import legal_forks
 from megatron_kvpo.training.alarms import AlarmError, check_start
@@ -107,8 +107,7 @@ class Run:
         pages = run_pages(
             config.stream, config.routing, config.memory, prompts, held_out,
             groups=config.policy.groups_per_update // ranks.data.size,
-            sequences=max(min(len(own), config.policy.rollout_rows or len(own)),
-                          min(config.policy.max_rows, config.routing.num_branches)),
+            sequences=rows_at_once(len(own), config.policy, config.routing.num_branches),
             videos=min(config.policy.max_rows,
                        len(held_out) * config.evaluation.noises_per_prompt),
         )  # fmt: skip

@@ -16,10 +16,10 @@ pytest.importorskip("nvidia.dali")
 from megatron_kvpo.config import CodecConfig
 from megatron_kvpo.data.encoded_videos import EncodedVideos
 from megatron_kvpo.data.encoding import EncodingSpec, segments_of
-from megatron_kvpo.data.latents import ClipOrder, LatentCache, read_ahead
+from megatron_kvpo.data.latents import ClipOrder, LatentCache
 from megatron_kvpo.data.shapes import write_dataset
 from megatron_kvpo.data.sources import VideoSource
-from megatron_kvpo.data.video import ClipSpec, decode_file
+from megatron_kvpo.data.video import ClipSpec, decode_file, read_ahead
 from megatron_kvpo.model.codec import load_codec
 from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.records import LatentBatch
