@@ -121,6 +121,10 @@ class ModelConfig(WithPresets):
         """[C, H, W] of one latent frame."""
         return self.latent_channels, self.latent_height, self.latent_width
 
+    def pixel_size(self, spatial_stride: int) -> tuple[int, int]:
+        """Height and width of the pixel frames that a codec of this stride makes of latent ones."""
+        return self.latent_height * spatial_stride, self.latent_width * spatial_stride
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CodecConfig:

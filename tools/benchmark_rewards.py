@@ -84,10 +84,7 @@ def clips_of(config: RunConfig, fork: int, device: torch.device) -> list[Clip]:
     """Clips of one group, as the Scorer cuts them; all rows show the same random pixels."""
     prompt = load_prompts(config.data.prompts)[0]
     rows, frames = config.routing.num_branches + 1, config.stream.num_frames
-    height, width = (
-        _SPATIAL_STRIDE * side for side in (config.model.latent_height, config.model.latent_width)
-    )
-    shape = (pixel_start(frames), 3, height, width)
+    shape = (pixel_start(frames), 3, *config.model.pixel_size(_SPATIAL_STRIDE))
     pixels = torch.rand(shape, generator=device_generator(device, _MODULE), device=device)
     empty = torch.zeros(rows, 1, 1, 1, 1, 1, 1)
     group = RolloutGroup(

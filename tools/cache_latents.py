@@ -213,7 +213,7 @@ def spec_of(
     if encoder.text_dim != model.text_dim:
         raise ValueError(f"the text encoder gives {encoder.text_dim} numbers a token, "
                          f"model.text_dim is {model.text_dim}")  # fmt: skip
-    own = (model.latent_height * stride, model.latent_width * stride)
+    own = model.pixel_size(stride)
     sizes = options.buckets or (tuple(options.size or own),)
     for size in sizes:
         unit = (stride * model.patch[1], stride * model.patch[2])

@@ -84,8 +84,7 @@ class Beginnings:
 
     def _pixels(self, prompt: Prompt) -> ClipSpec:
         """The pixel frames of a prompt's beginning, at the generator's size."""
-        stride = self._codec.spatial_stride
-        size = self._model.latent_height * stride, self._model.latent_width * stride
+        size = self._model.pixel_size(self._codec.spatial_stride)
         count = self._codec.num_pixel_frames(prompt.video_frames)
         return ClipSpec(num_pixel_frames=count, size=size, fps=self._fps)
 

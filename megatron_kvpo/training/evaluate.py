@@ -136,9 +136,8 @@ class Evaluator:
     @property
     def _video_shape(self) -> tuple[int, int, int]:
         """Pixel frames, height and width of a generated video."""
-        model, stride = self._config.model, self._codec.spatial_stride
-        num_pixel_frames = pixel_start(self._config.stream.num_frames)
-        return num_pixel_frames, model.latent_height * stride, model.latent_width * stride
+        size = self._config.model.pixel_size(self._codec.spatial_stride)
+        return pixel_start(self._config.stream.num_frames), *size
 
     def _save_strips(self, frames_RFCHW: Tensor, name: str) -> None:
         folder = self._config.run_folder / "filmstrips"

@@ -77,9 +77,8 @@ def _open_videos(config: PretrainConfig, ranks: Ranks) -> LatentStream:
     assert videos is not None
     codec = codec_on(config, ranks.device)
     encoder = text_encoder(model, config.latents.embeddings)
-    stride = codec.spatial_stride
     spec = EncodingSpec.of(
-        codec, encoder, sizes=((model.latent_height * stride, model.latent_width * stride),),
+        codec, encoder, sizes=(model.pixel_size(codec.spatial_stride),),
         num_frames=(config.stream.num_frames,), starts=videos.starts, every=videos.every,
         fps=videos.fps,
     )  # fmt: skip
