@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ def _main(
         OMP_NUM_THREADS="1",
     )  # fmt: skip
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(0.9 * limit_s, file=sys.__stderr__)
     if device == "cuda":
         torch.cuda.set_device(rank)
         torch.backends.cudnn.allow_tf32 = False  # convolutions would round to 10 bits
@@ -44,7 +47,7 @@ def _main(
 
 
 def on_ranks(
-    world: int, fn: Callable[..., Any], *args: Any, folder: Path, limit_s: float = 60,
+    world: int, fn: Callable[..., Any], *args: Any, folder: Path, limit_s: float = 300,
     device: str = "cpu",
 ) -> list[Any]:  # fmt: skip
     """Call `fn(rank, *args)` on `world` ranks; return the results in rank order, on the CPU.
@@ -52,7 +55,9 @@ def on_ranks(
     `device` "cpu": gloo ranks; "cuda": NCCL ranks, GPU number `rank` for each. fn is not told.
     torch.distributed is up and torchrun's variables are set when fn begins. A file store, not a
     port, so tests can run side by side. What a rank raises is raised here; ranks that hang fail
-    after limit_s: a collective that one rank skips must show as a failure, not as a stuck job.
+    after limit_s, with their stacks on stderr: a collective that one rank skips must show as a
+    failure, not as a stuck job. The limit is no measure of speed: it leaves room for a machine on
+    which everything else runs too.
     A launch costs about 6 s with megatron-core in it: put many assertions into one.
     """
     own = tempfile.mkdtemp(dir=folder)

@@ -111,7 +111,7 @@ def _groups_do_not_divide(rank: int, recipe: Path) -> str:
 
 @pytest.mark.gloo
 def test_groups_that_do_not_divide_over_the_data_ranks_are_refused(recipe, tmp_path):
-    for said in on_ranks(2, _groups_do_not_divide, recipe, folder=tmp_path, limit_s=200):
+    for said in on_ranks(2, _groups_do_not_divide, recipe, folder=tmp_path):
         assert "policy.groups_per_update 3 does not divide over 2 data ranks" in said
 
 

@@ -135,7 +135,7 @@ def joined(ranks: Iterable[dict[str, Any]], what: str) -> list[Any]:
 @pytest.mark.gloo
 def test_two_ranks_see_together_what_one_sees(folder, cached, tmp_path):
     drawn = trained(folder, "name=drawn_one", *from_videos(folder, "random"))
-    ranks = on_ranks(2, on_two, folder, folder=tmp_path, limit_s=240)
+    ranks = on_ranks(2, on_two, folder, folder=tmp_path)
     for name, alone in (("data", cached), ("drawn", drawn)):
         assert joined([rank[name] for rank in ranks], "index") == alone["index"]
         for latents, whole in zip(

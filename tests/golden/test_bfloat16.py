@@ -16,7 +16,7 @@ _quiet_afterwards = quiet.quiet_afterwards
 
 @pytest.mark.parametrize("file", FILES, ids=["longlive", "memflow"])
 def test_every_run_is_off_by_bfloat16s_rounding(file):
-    found = tool.replay_file(file, ParallelConfig(timeout_s=60), dtype="bfloat16")
+    found = tool.replay_file(file, ParallelConfig(timeout_s=120), dtype="bfloat16")
     assert found.compared == found.golden.results
     for run, error in found.errors.items():
         assert error < tool.TOLERANCES["bfloat16"], run

@@ -18,7 +18,7 @@ TOLERANCE = 2e-5
 @pytest.fixture(scope="module")
 def golden():
     """The replay itself fails if a run keeps pages."""
-    return replay_file(FILE, ParallelConfig(timeout_s=60))
+    return replay_file(FILE, ParallelConfig(timeout_s=120))
 
 
 @pytest.mark.parametrize("run", ["stream", "switch", "late_switch", "route", "replay"])

@@ -25,7 +25,7 @@ _quiet_afterwards = quiet.quiet_afterwards
 @pytest.fixture(scope="module")
 def golden():
     """Fourteen blocks: the bank fills, chooses, repeats itself, and the text switches at 30."""
-    return replay_file(FILE, ParallelConfig(timeout_s=60))
+    return replay_file(FILE, ParallelConfig(timeout_s=120))
 
 
 @pytest.mark.parametrize("run", ["stream", "bank"])
@@ -44,7 +44,7 @@ def test_no_recorded_number_is_left_out(golden):
 def test_what_is_recorded_needs_the_quirks_and_the_bank(tmp_path):
     """Another memory is far off, so the comparison sees it."""
     for changed in ({"reference_quirks": False}, {"record_interval_blocks": 2}):
-        errors = replay_file(rewritten(tmp_path, **changed), ParallelConfig(timeout_s=60)).errors
+        errors = replay_file(rewritten(tmp_path, **changed), ParallelConfig(timeout_s=120)).errors
         assert errors["stream"] > 10 * TOLERANCE, changed
         assert errors["bank"] > 10 * TOLERANCE, changed
 
@@ -95,4 +95,4 @@ def test_a_file_of_another_format_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no tensor stream\.b0\.z0"):
         GoldenFile.read(rewritten(tmp_path, drop="stream."))
     with pytest.raises(ValueError, match="has no window_frames: it has"):
-        replay_file(rewritten(tmp_path, window_frames=None), ParallelConfig(timeout_s=60))
+        replay_file(rewritten(tmp_path, window_frames=None), ParallelConfig(timeout_s=120))

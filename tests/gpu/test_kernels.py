@@ -33,7 +33,7 @@ TYPES = pytest.mark.parametrize("dtype", list(CLOSE), ids=str)
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    yield start_ranks(ParallelConfig(timeout_s=60), "cuda")
+    yield start_ranks(ParallelConfig(timeout_s=120), "cuda")
     stop_ranks()
 
 

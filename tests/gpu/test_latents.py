@@ -126,7 +126,7 @@ def test_clips_that_are_drawn_are_decoded_and_encoded_on_the_gpu(h264):
 
 @pytest.mark.parametrize("wan", [False, True])
 def test_a_group_continues_a_video_on_a_gpu(folder, wan):
-    joined = start_ranks(ParallelConfig(timeout_s=60), "cuda")
+    joined = start_ranks(ParallelConfig(timeout_s=120), "cuda")
     try:
         tiny = small.build(joined, "device=cuda")
         codec = load_codec(CodecConfig(width=8), 4).cuda().requires_grad_(False)

@@ -44,7 +44,7 @@ def _a_process_without_cpu_ranks() -> None:
 
 @pytest.fixture(scope="module")
 def on_gpu() -> Iterator[small.Small]:
-    joined = start_ranks(ParallelConfig(timeout_s=60), "cuda")
+    joined = start_ranks(ParallelConfig(timeout_s=120), "cuda")
     yield small.build(joined, "device=cuda")
     stop_ranks()
 
@@ -54,7 +54,7 @@ def on_gpu() -> Iterator[small.Small]:
     "file", [test_longlive.FILE, test_memflow.FILE], ids=["longlive", "memflow"]
 )
 def test_the_golden_runs_hold(file, dtype):
-    errors = replay_file(file, ParallelConfig(timeout_s=60), "cuda", dtype).errors
+    errors = replay_file(file, ParallelConfig(timeout_s=120), "cuda", dtype).errors
     assert max(errors.values()) < TOLERANCES[dtype], errors
 
 
@@ -134,7 +134,7 @@ def replayed(tiny: small.Small, *recompute: bool) -> list[tuple[Tensor, dict[str
 
 
 def replayed_on_a_cpu(rank: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    tiny = small.build(start_ranks(ParallelConfig(timeout_s=60), "cpu"))
+    tiny = small.build(start_ranks(ParallelConfig(timeout_s=120), "cpu"))
     tiny.stir("current", "old")
     found = replayed(tiny, False)
     stop_ranks()
@@ -143,7 +143,7 @@ def replayed_on_a_cpu(rank: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
 
 def test_energies_and_gradients_are_those_of_a_cpu(on_gpu, tmp_path):
     """The CPU's in a process of its own, so that this one's Megatron stays on the GPU."""
-    ((wanted,),) = on_ranks(1, replayed_on_a_cpu, folder=tmp_path, limit_s=200)
+    ((wanted,),) = on_ranks(1, replayed_on_a_cpu, folder=tmp_path)
     on_gpu.stir("current", "old")
     for energy, gradients in replayed(on_gpu, False, True):
         assert far(energy, wanted[0]) < 1e-4

@@ -34,7 +34,7 @@ def _a_process_without_cpu_ranks() -> None:
 
 @pytest.fixture(scope="module")
 def on_gpu() -> Iterator[Ranks]:
-    yield start_ranks(ParallelConfig(timeout_s=60), "cuda")
+    yield start_ranks(ParallelConfig(timeout_s=120), "cuda")
     stop_ranks()
 
 

@@ -30,7 +30,7 @@ def _a_process_without_cpu_ranks() -> None:
 def test_a_save_in_the_background_holds_what_was_there_when_it_began(tmp_path, monkeypatch):
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    ranks = start_ranks(ParallelConfig(timeout_s=60), "cuda")
+    ranks = start_ranks(ParallelConfig(timeout_s=120), "cuda")
     try:
         own = torch.arange(2**20, dtype=torch.float32, device=ranks.device).view(1024, 1024)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-PATIENCE_S = 60
+PATIENCE_S = 150
 """For the ranks that are left when one has died; all are killed then."""
 
 

@@ -66,7 +66,7 @@ def test_two_ranks_continue_videos_as_one_does_with_the_alarms_on(recipe, tmp_pa
     alone = run_layouts(0, recipe, {"alone": []})["alone"]
     assert load_config(recipe).alarms.enabled
     check_that_it_learns(alone, moves=1e-3)
-    results = on_ranks(2, run_layouts, recipe, LAYOUTS, folder=tmp_path, limit_s=300)
+    results = on_ranks(2, run_layouts, recipe, LAYOUTS, folder=tmp_path)
     for name in LAYOUTS:
         ranks = [rank[name] for rank in results]
         check_parity(name, ranks, alone, exact=name == "data")

@@ -66,7 +66,7 @@ def _two_ranks(rank: int, folder: Path) -> dict[str, Any]:
                  "--alpha", tiny.ALPHA]  # fmt: skip
     assert main([str(a) for a in arguments]) == 0
 
-    ranks = start_ranks(ParallelConfig(tensor=2, timeout_s=30), "cpu")
+    ranks = start_ranks(ParallelConfig(tensor=2, timeout_s=120), "cpu")
     model = _build(ranks, adapted=True)
     for path in (base_file, folder / "tp2"):
         load_base(model, path)
@@ -83,7 +83,7 @@ def _two_ranks(rank: int, folder: Path) -> dict[str, Any]:
     found["unmerged"] = torch.equal(plain, _velocity(model, None))
     stop_ranks()
 
-    ranks = start_ranks(ParallelConfig(timeout_s=30), "cpu")  # two data ranks
+    ranks = start_ranks(ParallelConfig(timeout_s=120), "cpu")  # two data ranks
     model = _build(ranks, adapted=False)
     own = dict(base_parameters(model))
     loaded = load(folder / "tp2/step_00000000", {"m": shard_parameters(own, ranks)}, ranks)
@@ -122,7 +122,7 @@ def test_shares_of_two_ranks_are_one_model_and_go_out_as_they_came(tmp_path):
         assert _equal({n: exported.read(n) for n in exported.stored},
                       {n: given.read(n) for n in given.stored})  # fmt: skip
 
-    ranks = start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    ranks = start_ranks(ParallelConfig(timeout_s=120), "cpu")
     alone = _build(ranks, adapted=True)
     load_base(alone, base_file)
     load_adapter(alone, lora_file)
@@ -139,7 +139,7 @@ def _four_ranks(rank: int, folder: Path) -> dict[str, Any]:
     assert main([str(a) for a in arguments]) == 0
     found: dict[str, Any] = {}
     for size in (4, 2, 1):
-        ranks = start_ranks(ParallelConfig(tensor=size, timeout_s=60), "cpu")
+        ranks = start_ranks(ParallelConfig(tensor=size, timeout_s=120), "cpu")
         model = _build(ranks, adapted=True)
         load_base(model, folder / "tp4")
         load_adapter(model, folder / "tp4")
@@ -152,7 +152,7 @@ def _four_ranks(rank: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.gloo
 def test_what_four_ranks_imported_loads_at_four_two_and_one(tmp_path):
     tiny.write_longlive(tmp_path)
-    for result in on_ranks(4, _four_ranks, tmp_path, folder=tmp_path, limit_s=120):
+    for result in on_ranks(4, _four_ranks, tmp_path, folder=tmp_path):
         assert all(_equal(result[f"base {size}"], tiny.base()) for size in (4, 2, 1))
     for size in (4, 2, 1):
         saved = open_checkpoint(tmp_path / f"peft_{size}")

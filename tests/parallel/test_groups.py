@@ -51,7 +51,7 @@ def _collect(rank: int, axis: Axis) -> dict[str, Any]:
 def _layouts(rank: int) -> dict[str, Any]:
     found: dict[Any, Any] = {}
     for tensor, context, branch in LAYOUTS:
-        config = ParallelConfig(tensor=tensor, context=context, branch=branch, timeout_s=30)
+        config = ParallelConfig(tensor=tensor, context=context, branch=branch, timeout_s=120)
         ranks = start_ranks(config, "cpu")
         found[tensor, context, branch] = {
             name: (

@@ -46,5 +46,5 @@ def check_errors(found: dict[tuple[str, str], dict[str, float]], limit: float) -
 
 @pytest.mark.gloo
 def test_the_golden_runs_hold_over_two_ranks(tmp_path):
-    for rank in on_ranks(2, errors_of, folder=tmp_path, limit_s=240):
+    for rank in on_ranks(2, errors_of, folder=tmp_path):
         check_errors(rank, LIMIT)

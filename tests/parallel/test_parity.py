@@ -131,7 +131,7 @@ def test_two_ranks_train_as_one_however_they_are_divided(references, tmp_path):
     check_that_it_learns(lora, moves=1e-3)
     check_that_it_learns(full, moves=1e-5)
     recipe = references["recipe"]
-    results = on_ranks(2, run_layouts, recipe, TWO_RANKS, folder=tmp_path, limit_s=300)
+    results = on_ranks(2, run_layouts, recipe, TWO_RANKS, folder=tmp_path)
     for name in TWO_RANKS:
         alone = full if name == "full" else lora
         check_run(name, [rank[name] for rank in results], alone, exact=name == "data")
@@ -140,6 +140,6 @@ def test_two_ranks_train_as_one_however_they_are_divided(references, tmp_path):
 @pytest.mark.gloo
 def test_four_ranks_as_two_by_two_train_as_one(references, tmp_path):
     recipe = references["recipe"]
-    results = on_ranks(4, run_layouts, recipe, FOUR_RANKS, folder=tmp_path, limit_s=300)
+    results = on_ranks(4, run_layouts, recipe, FOUR_RANKS, folder=tmp_path)
     for name in FOUR_RANKS:
         check_run(name, [rank[name] for rank in results], references["lora"])

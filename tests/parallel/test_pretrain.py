@@ -59,7 +59,7 @@ def _train(rank: int, folder: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[dict[str, Trace]]:
     folder = tmp_path_factory.mktemp("two")
-    return on_ranks(2, _train, folder, folder=folder, limit_s=300)
+    return on_ranks(2, _train, folder, folder=folder)
 
 
 @pytest.mark.gloo

@@ -29,7 +29,7 @@ LOGGER = "megatron_kvpo.checkpoint.state"
 
 @pytest.fixture
 def alone():
-    yield start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    yield start_ranks(ParallelConfig(timeout_s=120), "cpu")
     stop_ranks()
 
 

@@ -33,7 +33,7 @@ class Judge:
 
 
 def scored(rank: int) -> dict[str, Tensor | int]:
-    ranks = start_ranks(ParallelConfig(tensor=2, context=2, timeout_s=30), "cpu")
+    ranks = start_ranks(ParallelConfig(tensor=2, context=2, timeout_s=120), "cpu")
     judge, decoded = Judge(rank), 0
 
     def counting(latent_BFCHW: Tensor, shared_frames: int) -> Any:

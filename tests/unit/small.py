@@ -75,7 +75,7 @@ def config(*overrides: str) -> RunConfig:
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     """This process as the only rank."""
-    joined = start_ranks(ParallelConfig(timeout_s=60), "cpu")
+    joined = start_ranks(ParallelConfig(timeout_s=120), "cpu")
     torch.set_num_threads(1)  # afterwards: joining takes all cores, where more are much slower
     yield joined
     stop_ranks()

@@ -35,7 +35,7 @@ from tools.convert_checkpoint import TOLERANCE, main
 
 @pytest.fixture
 def alone():
-    yield start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    yield start_ranks(ParallelConfig(timeout_s=120), "cpu")
     stop_ranks()
 
 

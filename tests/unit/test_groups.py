@@ -82,7 +82,7 @@ def test_a_negative_number_of_items_is_refused():
 @pytest.fixture
 def alone():
     state = torch.get_rng_state()
-    ranks = start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    ranks = start_ranks(ParallelConfig(timeout_s=120), "cpu")
     assert torch.equal(state, torch.get_rng_state()), "starting moved the global generator"
     yield ranks
     stop_ranks()
@@ -107,12 +107,12 @@ class _Holder:
 
 
 def test_what_holds_communication_lets_it_go_before_the_ranks_stop():
-    start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    start_ranks(ParallelConfig(timeout_s=120), "cpu")
     held, gone = _Holder(), _Holder()
     del gone
     stop_ranks()
     assert (held.up, held.calls) == (True, 1)
-    start_ranks(ParallelConfig(timeout_s=20), "cpu")
+    start_ranks(ParallelConfig(timeout_s=120), "cpu")
     stop_ranks()
     assert held.calls == 1
 

@@ -195,7 +195,7 @@ def _twice(rank: int, folder: str, alive: str, dead: str) -> list[Any]:
 def test_two_sound_ranks_pass_and_each_fault_of_one_is_found(tmp_path):
     with serving(Noting(components=tuple(TRAINED))) as alive, free_port() as port:
         dead = f"http://127.0.0.1:{port}"
-        results = on_ranks(2, _twice, str(tmp_path), alive, dead, folder=tmp_path, limit_s=200)
+        results = on_ranks(2, _twice, str(tmp_path), alive, dead, folder=tmp_path)
     assert results[0] == results[1], "all ranks know all"
     sound, ill = results[0]
     assert {name for name, (status, *_) in sound.items() if status == "left out"} == {
