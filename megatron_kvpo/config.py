@@ -82,7 +82,12 @@ class OptimizerConfig:
     """Share AdamW's moments over the ranks that hold replicas (megatron-core's distributed
     optimizer): each keeps 1/n of them."""
 
+    bucket_mib: float = 128.0
+    """Gradients are averaged in pieces of about so much, each as soon as it is complete."""
+
     def __post_init__(self) -> None:
+        if self.bucket_mib <= 0:
+            raise ValueError(f"optimizer.bucket_mib {self.bucket_mib} must be positive")
         if self.lr < 0 or not 0 <= self.ema_decay < 1 or self.warmup_updates < 0:
             raise ValueError(
                 f"optimizer.lr {self.lr} and optimizer.warmup_updates {self.warmup_updates} must "

@@ -6,6 +6,7 @@ Parameter names are those of the released weights, so a checkpoint loads without
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,6 +45,14 @@ class TextKeys:
     def select(self, rows: Tensor) -> TextKeys:
         """The texts of these rows, in this order; a text may serve many rows."""
         return TextKeys(tuple((k[rows], v[rows]) for k, v in self.layers))
+
+
+_TEXT = re.compile(r"text_embedding\.|blocks\.\d+\.cross_attn\.(k|v|norm_k)\.")
+
+
+def serves_text(name: str) -> bool:
+    """Whether CausalWan.encode_text uses the parameter of this name, and no pass does."""
+    return _TEXT.match(name) is not None
 
 
 class CausalWan(nn.Module):

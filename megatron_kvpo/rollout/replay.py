@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,8 @@ class Push:
 
     drift_weight: float = 0.0
     scale: float = 1.0
+    before_last: Callable[[], None] | None = None
+    """Called before the last of these passes goes backward. The texts' share comes after it."""
 
 
 def replay(
@@ -165,6 +167,8 @@ class _Tally:
             loss = (self._push.weight_B * energy_B).sum()
             if drift_B is not None:
                 loss = loss + self._push.drift_weight * drift_B.sum()
+            if self._push.before_last is not None and self._is_last(block, step):
+                self._push.before_last()
             (self._push.scale * loss).backward()  # type: ignore[no-untyped-call]
             energy_B, drift_B = energy_B.detach(), None if drift_B is None else drift_B.detach()
         self._energies[block].append(energy_B)
@@ -172,6 +176,10 @@ class _Tally:
             self._drifts[block].append(drift_B)
         if self._keep:
             self._velocities[block].append(velocity.detach())
+
+    def _is_last(self, block: int, step: int) -> bool:
+        steps = min(len(self._sigmas), self._config.grad_steps)
+        return (block + 1, step + 1) == (len(self._energies), steps)
 
     def result(self) -> Replay:
         """What was counted, each block's steps summed first."""

@@ -135,6 +135,8 @@ class Learner:
                 part = rows.part(slice(first, first + at_once))
                 with torch.autocast(device, torch.bfloat16, fitting.autocast):
                     loss = self.forcing.loss_sum(part, own=own) / frames
+                if first + at_once >= size:
+                    self.optimizer.last_pass()
                 (self.optimizer.loss_scale * loss).backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
         with stage("step"):

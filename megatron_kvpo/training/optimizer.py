@@ -2,6 +2,8 @@
 
 optimizer.zero_grad()
 for part in parts:
+    if part is parts[-1]:
+        optimizer.last_pass()
     (optimizer.loss_scale * loss(part)).backward()
 optimizer.finalize()
 optimizer.step(update)
@@ -11,24 +13,26 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_kvpo.config import OptimizerConfig
 from megatron_kvpo.parallel.collect import all_equal
 from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.training.overlap import LateFirst, OverlappedReduction
 from megatron_kvpo.training.shared_moments import SharedMoments
 
 _log = logging.getLogger(__name__)
 
 
 def build_optimizer(
-    model: nn.Module, transformer_config: Any, config: OptimizerConfig, ranks: Ranks
-) -> Optimizer:
+    model: nn.Module, transformer_config: Any, config: OptimizerConfig, ranks: Ranks,
+    late: Callable[[str], bool] = lambda name: False,
+) -> Optimizer:  # fmt: skip
     """Put the model's trainable parameters into Megatron's gradient buffers and AdamW.
 
     Args:
@@ -38,6 +42,7 @@ def build_optimizer(
         transformer_config: Megatron's TransformerConfig, the model's own.
         config: learning rate, decay, clipping. Decay is decoupled and falls on every parameter.
         ranks: who holds replicas.
+        late: whether the parameter of a name gets its gradient after all others.
 
     Raises:
         ValueError: nothing is trainable, or a trainable parameter is not float32.
@@ -51,10 +56,11 @@ def build_optimizer(
         wrapped = DistributedDataParallel(
             transformer_config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, overlap_grad_reduce=False,
+                grad_reduce_in_fp32=True, overlap_grad_reduce=True,
+                bucket_size=math.ceil(config.bucket_mib * 2**18),  # in numbers of four bytes
                 use_distributed_optimizer=config.distributed,
             ),
-            model,
+            LateFirst(model, late),
         )  # fmt: skip
     megatron_config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -102,6 +108,9 @@ class Optimizer:
         self._config = config
         self._ranks = ranks
         self._reduced = self._any = False
+        self._held: list[Tensor] = []
+        self._reduction = OverlappedReduction(wrapped)
+        self._reduction.reset()
         self._prime()
         self._shared: SharedMoments | None = None
         if config.distributed:
@@ -128,29 +137,52 @@ class Optimizer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in the model's order, which is the optimizer's."""
+        """What is trained, in the optimizer's order."""
         return [p for p in self._wrapped.module.parameters() if p.requires_grad]
 
     def zero_grad(self) -> None:
         """Start an update: forget all gradients."""
         self._wrapped.zero_grad_buffer()
         self._inner.zero_grad(set_to_none=True)
+        self._reduction.reset()
         self._reduced = self._any = False
 
     @contextmanager
     def part(self) -> Iterator[None]:
         """Sum the backward passes inside by themselves, then add that to what there is.
 
-        So a sum over groups has the same bits whether one rank has them or several.
+        So a sum over groups has the same bits whether one rank has them or several. RuntimeError
+        after `last_pass`.
         """
+        if self._reduction.armed:
+            raise RuntimeError("last_pass was called: no part of this update may follow")
         sums = [buffer.grad_data for buffer in self._wrapped.buffers] if self._any else []
-        before = [(total, total.clone()) for total in sums]
+        self._held = [total.clone() for total in sums]
         for total in sums:
             total.zero_()
         yield
-        for total, held in before:
-            total.add_(held)
+        if not self._reduction.armed:  # else each bucket gets its own before it goes
+            for total, held in zip(sums, self._held, strict=True):
+                total.add_(held)
+        self._held = []
         self._any = True
+
+    def last_pass(self) -> None:
+        """Say, before it, that the next backward pass is this rank's last of the update.
+
+        A bucket of gradients is then averaged, in the background, as soon as each of its parameters
+        has got one. What makes the pass's graph may be cut in two, if no parameter is in both.
+        Without this call all buckets wait for `reduce`. RuntimeError from the backward pass if a
+        gradient comes too late for its bucket.
+        """
+        self._reduction.arm(self._held)
+
+    def reduce(self) -> None:
+        """Average the rest in the background: no backward pass will come in this update.
+
+        Call it before other collectives between replicas: all ranks then do theirs in one order.
+        """
+        self._reduction.start()
 
     def finalize(self) -> None:
         """Average the gradients over replicas. Once per update, after the last backward.
@@ -161,6 +193,7 @@ class Optimizer:
 
         if self._reduced:
             raise RuntimeError("the gradients are reduced already: call zero_grad for a new update")
+        self.reduce()
         finalize_model_grads([self._wrapped])
         self._reduced = True
 

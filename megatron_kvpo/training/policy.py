@@ -13,7 +13,7 @@ from megatron_kvpo.checkpoint.adapters import load_adapter
 from megatron_kvpo.checkpoint.convert import load_base
 from megatron_kvpo.checkpoint.state import shard_parameters
 from megatron_kvpo.config import RunConfig
-from megatron_kvpo.model.causal_wan import CausalWan
+from megatron_kvpo.model.causal_wan import CausalWan, serves_text
 from megatron_kvpo.model.lora import AdapterBank, FullBank
 from megatron_kvpo.model.specs import Spec
 from megatron_kvpo.model.weights import initialise, initialise_adapters
@@ -52,7 +52,7 @@ class Policy:
             initialise_adapters(model, config.seed, on_device=on_device)
             if config.policy.adapter is not None:
                 load_adapter(model, config.policy.adapter)
-        optimizer = build_optimizer(model, model.config, config.optimizer, ranks)
+        optimizer = build_optimizer(model, model.config, config.optimizer, ranks, serves_text)
         bank = AdapterBank(model, spec.switch) if lora else FullBank(model)  # after values moved
         return Policy(model, bank, optimizer, config)
 

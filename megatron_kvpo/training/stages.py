@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -157,13 +157,15 @@ class Stages:
         drift_weight = self.config.loss.drift_coefficient / weight_PG.numel()
         kept = reference.velocities if reference else ()
         velocities = kept or [None] * len(groups)
-        parts = self._backward_parts()
+        parts, optimizer = self._backward_parts(), self.policy.optimizer
         drifts: list[Tensor] = [weight_PG.new_zeros(0)]
         with stage("backward"), self.policy.acting("current"):
             for sampled, weight_G, target in zip(groups, weight_PG, velocities, strict=True):
-                rows = parts[self.ranks.branch.rank]
-                with self.policy.optimizer.part():
-                    drifts += self._push(update, sampled, rows, weight_G, drift_weight, target)
+                rows, last = parts[self.ranks.branch.rank], sampled is groups[-1]
+                with optimizer.part():
+                    drifts += self._push(update, sampled, rows, weight_G, drift_weight, target,
+                                         optimizer.last_pass if last else None)  # fmt: skip
+            optimizer.reduce()
         sizes = [len(groups) * len(part) for part in parts]
         return gather_rows(torch.cat(drifts), self.ranks.branch, sizes).mean()
 
@@ -181,6 +183,7 @@ class Stages:
     def _push(
         self, update: int, sampled: SampledGroup, branches: range, weight_G: Tensor,
         drift_weight: float, target_NPTFCHW: Tensor | None,
+        before_last: Callable[[], None] | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Some of a group's branches, policy.max_rows at a time. Their drifts."""
         config, scale = self.config, self.policy.optimizer.loss_scale
@@ -188,7 +191,9 @@ class Stages:
         drifts = []
         for rows in batches(branches, config.policy.max_rows):
             part = slice(rows[0], rows[-1] + 1)
-            push = Push(weight_B=weight_G[part], drift_weight=drift_weight, scale=scale)
+            last = before_last if part.stop == branches.stop else None
+            push = Push(weight_B=weight_G[part], drift_weight=drift_weight, scale=scale,
+                        before_last=last)  # fmt: skip
             need = replay_pages(config.stream, config.routing, config.memory,
                                 sampled.group.prompt, len(rows))  # fmt: skip
             with lent_pages(self.world, leave=need):

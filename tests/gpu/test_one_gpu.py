@@ -127,6 +127,7 @@ def replayed(tiny: small.Small, *recompute: bool) -> list[tuple[Tensor, dict[str
         tiny.model.model_config = dataclasses.replace(tiny.model.model_config, recompute=again)
         tiny.policy.optimizer.zero_grad()
         tiny.stages.backward(0, groups, weight)
+        tiny.policy.optimizer.finalize()
         gradients = {n: p.main_grad.clone() for n, p in tiny.policy.trained().items()}
         found.append((tiny.energies(groups[0], "current"), gradients))
     groups[0].release()

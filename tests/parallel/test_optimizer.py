@@ -86,10 +86,11 @@ def _alarms(ranks: Ranks) -> dict[str, Any]:
     found["recovered"] = math.isfinite(update_once(model, optimizer, 0))
     found["moved"] = not _same_bits(before, weights(model))
 
-    still = build_optimizer(Tiny(ranks, seed=0), model.config, replace(CONFIG, lr=0.0), ranks)
+    unmoved = Tiny(ranks, seed=0)
+    still = build_optimizer(unmoved, model.config, replace(CONFIG, lr=0.0), ranks)
     start = [p.detach().clone() for p in still.parameters]
     for update in range(2):
-        update_once(still._wrapped.module, still, update)
+        update_once(unmoved, still, update)
     found["lr 0"] = all(torch.equal(a, b) for a, b in zip(start, still.parameters, strict=True))
     return found
 

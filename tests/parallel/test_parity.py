@@ -55,6 +55,7 @@ def parity_recipe(folder: Path) -> Path:
         folder,
         evaluation={"prompts": str(held_out), "noises_per_prompt": 2, "filmstrips": 1},
         loss={"drift_coefficient": 1.0},
+        optimizer={"bucket_mib": 0.002},  # several buckets
         **write_strong_weights(folder),
     )
     held_out.write_text("".join((folder / "prompts.jsonl").read_text().splitlines(True)[:2]))

@@ -106,13 +106,16 @@ def whole_drift(tiny: small.Small, groups) -> torch.Tensor:
 
 
 def sent_backward(tiny: small.Small, *shares: Stages) -> dict[str, torch.Tensor]:
-    """Gradient left by Stages.backward of each share in turn, with weights from numbers alone."""
-    tiny.policy.optimizer.zero_grad()
+    """Sum of the gradients of Stages.backward of each share, with weights from numbers alone."""
+    found = {name: torch.zeros_like(p.main_grad) for name, p in tiny.policy.trained().items()}
     for stages, groups, weight_PG in shares:
+        tiny.policy.optimizer.zero_grad()
         drifts = stages.config.loss.drift_coefficient > 0
         reference = stages.energies(0, groups, "reference", keep=drifts)
         stages.backward(0, groups, weight_PG, reference)
-    found = {name: p.main_grad.clone() for name, p in tiny.policy.trained().items()}
+        tiny.policy.optimizer.finalize()
+        for name, p in tiny.policy.trained().items():
+            found[name] += p.main_grad
     tiny.policy.optimizer.zero_grad()
     return found
 
