@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -22,6 +22,9 @@ from tqdm import tqdm
 
 _ROOT = "megatron_kvpo"
 _COLUMNS = 79
+_LEAST_BAR = 12
+"""Columns of a progress bar with its edges, which words leave to it."""
+
 _RECENT_UPDATES = 20
 """Updates that the time left is judged by."""
 
@@ -94,9 +97,10 @@ class _Formatter(logging.Formatter):
 
 
 class Progress:
-    """How far the run is: a bar on a terminal, else one line of at most 79 columns per update.
+    """How far the run is: a bar on a terminal, else one line an update. At most 79 columns.
 
-    Every line also goes to run.log. Silent on ranks other than the first.
+    What does not fit is left out whole: seconds first, then values from the last on. Every line
+    also goes to run.log. Silent on ranks other than the first.
     """
 
     def __init__(
@@ -111,8 +115,8 @@ class Progress:
         self._logger = get_logger("progress")
         self._bar: Any = None
         if first and sys.stderr.isatty():
-            width = min(shutil.get_terminal_size().columns, 100) - 1
-            self._bar = tqdm(total=total, initial=start, file=sys.stderr, ncols=width,
+            self._bar_columns = min(shutil.get_terminal_size().columns - 1, _COLUMNS)
+            self._bar = tqdm(total=total, initial=start, file=sys.stderr, ncols=self._bar_columns,
                              bar_format=f"{label} {{n}}/{{total}} |{{bar}}|")  # fmt: skip
 
     def __enter__(self) -> Progress:
@@ -140,17 +144,36 @@ class Progress:
             return
         seconds = self.seconds_per_update
         head = f"{self._label} {done:>{len(str(self._total))}}/{self._total}"
-        numbers = [f"{name} {value:+.3g}" for name, value in values.items()]
-        left = format_duration(seconds * (self._total - done))
-        tail = " ".join([*numbers, f"{seconds:.3g} s/{self._label}", f"left {left}"])
+        pace = f"{seconds:.3g} s/{self._label}"
+        left = f"left {format_duration(seconds * (self._total - done))}"
         if self._bar is not None:
-            escaped = tail.replace("{", "{{").replace("}", "}}")
-            self._bar.bar_format = f"{head} |{{bar}}| {escaped}"
+            words = _fitted(self._bar_columns - len(head) - 1 - _LEAST_BAR, values, pace, left)
+            escaped = words.replace("{", "{{").replace("}", "}}")
+            self._bar.bar_format = f"{head} |{{bar}}|{escaped}"
             self._bar.n = done
             self._bar.refresh()
-        line = f"{head} {tail}"[:_COLUMNS]
+        line = f"{head}{_fitted(_COLUMNS - len(head), values, pace, left)}"
         extra = {"progress": True, "file_only": self._bar is not None}
         self._logger.info("%s", line, extra=extra)
+
+
+def _fitted(columns: int, values: Mapping[str, float], pace: str, left: str) -> str:
+    """As many of the values, the pace and the time left as there is room for; each after a space.
+
+    Numbers have three digits, or two if all fit so. The pace goes first, the time left last.
+    """
+    numbers: list[str] = []
+    for digits in (3, 2):
+        numbers = [f"{name} {value:+.{digits}g}" for name, value in values.items()]
+        words = "".join(f" {word}" for word in (*numbers, pace, left))
+        if len(words) <= columns:
+            return words
+    numbers = [f"{name} {value:+.3g}" for name, value in values.items()]
+    while True:
+        words = "".join(f" {word}" for word in (*numbers, left))
+        if len(words) <= columns or not numbers:
+            return words if len(words) <= columns else ""
+        numbers.pop()
 
 
 def run_command(main: Callable[[], int], logger: logging.Logger) -> NoReturn:

@@ -1,5 +1,7 @@
 """The logger's promises: stdout for results only, one rank speaks, lines fit a terminal."""
 
+import os
+
 import pytest
 
 from megatron_kvpo import log
@@ -47,12 +49,52 @@ def test_progress_lines_fit_80_columns_and_tell_time_left(tmp_path, capsys, monk
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
     assert all(len(line) < 80 for line in lines)
-    assert (
-        lines[-1]
-        == ("update 1003/1200 reward -0.123 gain +0.25 loss -1.5e-05 12.5 s/update left 41:02"[:79])
-    )  # 197 updates at 12.5 s are 2462 s
+    assert lines[-1] == (
+        "update 1003/1200 reward -0.12 gain +0.25 loss -1.5e-05 12.5 s/update left 41:02"
+    )  # 197 updates at 12.5 s are 2462 s; with three digits it were 80 columns
     assert progress.seconds_per_update == 12.5
     assert (tmp_path / "run.log").read_text().count("update 10") == 3
+
+
+LARGE = {"reward": -123456.789, "loss": -9.87654e-10, "grad": 1.23456e10}
+
+
+def test_a_line_that_is_too_long_loses_whole_words_and_keeps_the_time_left(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    log.setup(True)
+    with log.Progress(1_234_567, start=1_234_000) as progress:
+        for values in (LARGE, {**LARGE, "more": 1.0}, {}):
+            now[0] += 98765.4
+            progress.update(1_234_001, **values)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first == (
+        "update 1234001/1234567 reward -1.23e+05 loss -9.88e-10 left 15528:06:56"
+    )  # 566 updates of 98765.4 s
+    assert second.startswith("update 1234001/1234567 reward -1.23e+05 loss -9.88e-10 left")
+    assert third.startswith("update 1234001/1234567 2.96e+05 s/update left")
+    assert all(len(line) < 80 for line in (first, second, third))
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("values", [{}, {"reward": 0.5}, LARGE, {**LARGE, "eval{": -1e300}])
+@pytest.mark.parametrize(("label", "total"), [("update", 4), ("step", 123_456_789)])
+def test_lines_and_bars_of_any_numbers_fit_the_terminal_and_80_columns(
+    tmp_path, capsys, monkeypatch, columns, values, label, total
+):
+    monkeypatch.setattr(log.shutil, "get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    log.setup(True, tmp_path)
+    for terminal in (False, True):
+        monkeypatch.setattr(log.sys.stderr, "isatty", lambda: terminal, raising=False)  # noqa: B023
+        with log.Progress(total, start=total - 2, label=label) as progress:
+            progress.update(total - 1, **values)
+        shown = capsys.readouterr().err.replace("\r", "\n").splitlines()
+        most = min(columns, 80) if terminal else 80
+        assert all(len(line) < most for line in shown)
+        assert any("left" in line for line in shown) or columns == 40
+        assert any(f"{total - 1}/{total}" in line for line in shown)
+    for line in (tmp_path / "run.log").read_text().splitlines():
+        assert len(line) < 80 + len("2026-01-01 00:00:00 ")
 
 
 def test_progress_on_a_terminal_is_a_bar_and_the_lines_go_to_the_file(
