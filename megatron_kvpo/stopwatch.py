@@ -1,6 +1,6 @@
 """Where the time of an update goes: seconds and operations of named stages, and when each ran.
 
-Nothing is measured, and nothing waits for a GPU, unless a Stopwatch is running.
+Nothing is measured unless a Stopwatch is running, and nothing waits for a GPU unless it says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -26,6 +27,12 @@ class Stage:
 
     passes: int = 0
     """Forward passes of the transformer x rows."""
+
+    needed_flops: float = 0.0
+    """As flops, without what is computed again: what the model's mathematics asks for."""
+
+    tokens: float = 0.0
+    """That forward passes of the transformer took in: this rank's share of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +60,14 @@ class Stopwatch:
     spans: list[Span] = field(default_factory=list)
     """Those of the lane "run" follow each other without a gap; see `note_span` for others."""
 
+    waits: bool = True
+    """For the GPU, wherever a stage begins or ends. False leaves marks in its stream instead, which
+    are read by `lap` alone, and keeps no spans: for runs that go on as if nobody measured."""
+
     _inside: list[str] = field(default_factory=list)
+    _marks: list[tuple[torch.cuda.Event, str]] = field(default_factory=list)
+    """Where the GPU's work for a stage ends, and that stage."""
+
     _began: float = 0.0
     _since: float = 0.0
     _last: int = -1
@@ -79,6 +93,18 @@ class Stopwatch:
         """Of all stages."""
         return sum(stage.seconds for stage in self.stages.values())
 
+    def lap(self) -> dict[str, Stage]:
+        """What the stages have cost since the last lap. They begin anew."""
+        self._charge()
+        if self._marks:
+            self._marks[-1][0].synchronize()
+            for (since, _), (until, name) in pairwise(self._marks):
+                self.stages[name].seconds += since.elapsed_time(until) / 1000
+            del self._marks[:-1]
+        found = {name: part for name, part in self.stages.items() if part != Stage()}
+        self.stages = {name: Stage() for name in dict.fromkeys(self._inside)}
+        return found
+
     def _enter(self, name: str) -> None:
         self._charge()
         self._inside.append(name)
@@ -89,7 +115,12 @@ class Stopwatch:
         self._inside.pop()
 
     def _charge(self) -> None:
-        if torch.cuda.is_available():
+        if not self.waits and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            mark.record()
+            self._marks.append((mark, self._inside[-1] if self._inside else "other"))
+            return
+        if self.waits and torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self._inside:
@@ -99,7 +130,7 @@ class Stopwatch:
 
     def _go_on(self, name: str, start_s: float, stop_s: float) -> None:
         """The run's next span, or more of its last one."""
-        if stop_s <= start_s:
+        if stop_s <= start_s or not self.waits:
             return
         with _lock:
             if self._last >= 0 and self.spans[self._last].name == name:
@@ -164,12 +195,16 @@ def running() -> bool:
     return _running is not None
 
 
-def count(flops: float, passes: int) -> None:
-    """Add work to the stage that is going on."""
+def count(
+    flops: float, passes: int, *, needed_flops: float = 0.0, tokens: float = 0.0
+) -> None:  # fmt: skip
+    """Add work to the stage that is going on: see the fields of `Stage`."""
     if _running is not None:
         current = _running.stages[_running._inside[-1]]
         current.flops += flops
         current.passes += passes
+        current.needed_flops += needed_flops
+        current.tokens += tokens
 
 
 def note_span(lane: str, name: str, start: float, stop: float) -> None:
@@ -179,6 +214,6 @@ def note_span(lane: str, name: str, start: float, stop: float) -> None:
     """
     with _lock:
         watch = _running
-        if watch is not None and stop > max(start, watch._began):
+        if watch is not None and watch.waits and stop > max(start, watch._began):
             start_s = max(start, watch._began) - watch._began
             watch.spans.append(Span(lane, name, start_s, stop - watch._began))

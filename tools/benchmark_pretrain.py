@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_kvpo import log, settings
-from megatron_kvpo.model.flops import forward_flops, training_flops
+from megatron_kvpo.model.flops import forward_flops, peak_of, training_flops
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import device_generator
 from megatron_kvpo.records import LatentBatch
@@ -34,9 +34,6 @@ from tools.benchmark import matmul_ceiling, traced
 logger = log.get_logger("megatron_kvpo.tools.benchmark_pretrain")
 
 _MODULE = "tools.benchmark_pretrain"
-
-PEAKS = {"H100": 989.0, "H200": 989.0}
-"""Dense bfloat16 TFLOP/s of SXM modules, by a part of the name; NVIDIA's data sheets."""
 
 
 class RandomLatents:
@@ -170,11 +167,6 @@ def _stages(watches: Sequence[Stopwatch]) -> dict[str, float]:
         name: sorted(watch.stages[name].seconds for watch in watches)[len(watches) // 2]
         for name in watches[0].stages
     }
-
-
-def peak_of(device: str) -> float | None:
-    """Dense bfloat16 TFLOP/s of a GPU by its name; None if it is not known."""
-    return next((peak for name, peak in PEAKS.items() if name in device), None)
 
 
 def table(found: dict[str, Any]) -> str:

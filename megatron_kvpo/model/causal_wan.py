@@ -24,7 +24,7 @@ from megatron_kvpo.model.embeddings import (
     sinusoid,
     unpatchify,
 )
-from megatron_kvpo.model.flops import pass_flops
+from megatron_kvpo.model.flops import pass_flops, training_flops
 from megatron_kvpo.model.fused import without_graph
 from megatron_kvpo.model.layer import CausalBlock
 from megatron_kvpo.model.lora import mark_replicated
@@ -183,7 +183,13 @@ class CausalWan(nn.Module):
         one = pass_flops(self.model_config, frames * tokens, keys, rank, graph=graph)
         if pages is not None and pages.fills_only:  # but for two small products
             one -= one // self.model_config.num_layers
-        stopwatch.count(rows * one / (ranks.tensor.size * ranks.context.size), rows)
+        needed = one
+        if graph:
+            pairs = round(frames * tokens * keys)
+            needed = training_flops(self.model_config, frames * tokens, pairs, rank)
+        share = rows / (ranks.tensor.size * ranks.context.size)
+        stopwatch.count(share * one, rows, needed_flops=share * needed,
+                        tokens=share * frames * tokens)  # fmt: skip
 
     def _embed(self, latent_BFCHW: Tensor) -> Tensor:
         layer, dtype = self.patch_embedding, self.model_config.torch_dtype

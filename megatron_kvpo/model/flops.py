@@ -4,6 +4,18 @@ from __future__ import annotations
 
 from megatron_kvpo.config import ModelConfig
 
+PEAKS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H200 NVL": 835.0, "H100": 989.0, "H200": 989.0,
+    "A100": 312.0,
+}  # fmt: skip
+"""Dense bfloat16 TFLOP/s by a part of a GPU's name, the longer parts first (NVIDIA's data sheets).
+log.peak_tflops says that of others."""
+
+
+def peak_of(device: str) -> float | None:
+    """Dense bfloat16 TFLOP/s of a GPU by its name; None if it is not known."""
+    return next((peak for name, peak in PEAKS.items() if name in device), None)
+
 
 def forward_flops(
     model: ModelConfig, tokens: int, keys: float, lora_rank: int = 0
