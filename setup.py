@@ -32,6 +32,7 @@ RUNTIME = [
 EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9"],
     "reward": ["accelerate", "fastapi", "uvicorn"],
+    "tensorboard": ["tensorboard>=2.15"],
     "dev": [
         "pytest>=8",
         "pytest-xdist",
@@ -40,6 +41,7 @@ EXTRAS = {
         "types-PyYAML",
         "scipy",
         "scikit-video",
+        "tensorboard>=2.15",
     ],
 }
 

@@ -236,7 +236,31 @@ class LogConfig:
     """`auto`: online when logged in, else offline."""
 
     project: str = "megatron-kvpo"
+    group: str | None = None
+    """Of wandb: runs that are shown together, as the seeds of one recipe."""
+
+    tags: tuple[str, ...] = ()
+    tensorboard: bool = False
+    """Write events for TensorBoard into the run's folder. Wants the package tensorboard."""
+
+    costs: bool = True
+    """Seconds, tokens, operations and memory of the stages in every line."""
+
+    peak_tflops: float | None = None
+    """What MFU is measured against: a GPU's dense bfloat16 TFLOP/s. None: by its name, where that
+    is known; on others there is no MFU."""
+
+    samples_every: int = 100
+    """Updates between videos of a group's anchor, best and worst branch, with a table of all
+    groups' scores and energies in wandb and TensorBoard. 0: none."""
+
     report: bool = True
+
+    def __post_init__(self) -> None:
+        if self.peak_tflops is not None:
+            check_positive("log", peak_tflops=self.peak_tflops)
+        if self.samples_every < 0:
+            raise ValueError(f"log.samples_every is {self.samples_every}: use 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -208,6 +208,12 @@ class RewardTable:
     global_KN: Tensor
     """Scores of the segments' clips, averaged over segments."""
 
+    @property
+    def composite_N(self) -> Tensor:
+        """Weighted mean of the global scores, float64."""
+        weight_K = self.global_KN.double().new_tensor(self.weights)
+        return weight_K @ self.global_KN.double() / weight_K.sum()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossOutput:

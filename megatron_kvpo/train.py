@@ -16,7 +16,6 @@ from megatron_kvpo.config import RunConfig, load_config
 from megatron_kvpo.training.alarms import check_gradients
 from megatron_kvpo.training.group_dump import Figures
 from megatron_kvpo.training.metrics import Metrics
-from megatron_kvpo.training.reward_log import reward_lines
 from megatron_kvpo.training.run import Run
 
 
@@ -52,9 +51,10 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
     # Reward: what are they worth, beside the anchor?
     rewards = stages.score(groups)
     advantage_PG, scale_P, seen = stages.advantages(update, groups, rewards)
-    run.examine(update, groups, Figures(energies=(current, old, reference), tables=rewards,
-                                        advantage_PG=advantage_PG, scale_P=scale_P))  # fmt: skip
-    metrics.log_rewards(update, reward_lines(groups, rewards, advantage_PG, run.ranks))
+    figures = Figures(energies=(current, old, reference), tables=rewards,
+                      advantage_PG=advantage_PG, scale_P=scale_P)  # fmt: skip
+    run.examine(update, groups, figures)
+    run.show(update, metrics, groups, figures)
 
     # Update: the loss sees G numbers a group, so each branch goes backward by itself.
     loss, weight_PG = energy_weights(

@@ -97,7 +97,8 @@ def quiet(config: RunConfig, folder: Path) -> RunConfig:
         config, folder=folder, num_updates=_LARGEST_SEARCH,
         evaluation=dataclasses.replace(config.evaluation, prompts=None, every=0),
         checkpoint=dataclasses.replace(config.checkpoint, every=0, resume=False),
-        log=dataclasses.replace(config.log, wandb="disabled", report=False),
+        log=dataclasses.replace(config.log, wandb="disabled", tensorboard=False,
+                                costs=False, samples_every=0, report=False),
         optimizer=dataclasses.replace(config.optimizer, warmup_updates=0),
     )  # fmt: skip
 

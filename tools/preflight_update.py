@@ -60,7 +60,7 @@ def reduced(config: RunConfig, world: int, folder: Path, *, gpu: bool) -> RunCon
         reward=RewardConfig(weights={"temporal_consistency": 1.0}),
         data=DataConfig(prompts=folder / "prompts.jsonl"),
         evaluation=EvaluationConfig(), checkpoint=CheckpointConfig(every=0, resume=False),
-        log=LogConfig(wandb="disabled", report=False),
+        log=LogConfig(wandb="disabled", costs=False, samples_every=0, report=False),
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ ALONE = (
     "parallel.tensor=1", "parallel.context=1", "parallel.branch=1",
     "parallel.sequence_parallel=false", "optimizer.distributed=false", "evaluation.prompts=null",
     "policy.groups_per_update=1", "checkpoint.every=0", "checkpoint.resume=never",
-    "log.wandb=disabled", "log.report=false", "heartbeat.limit_s=0",
+    "log.wandb=disabled", "log.tensorboard=false", "log.costs=false",
+    "log.samples_every=0", "log.report=false", "heartbeat.limit_s=0",
 )  # fmt: skip
 """What one device needs, and what has no place in a replay."""
 

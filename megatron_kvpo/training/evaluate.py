@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +25,19 @@ from megatron_kvpo.rollout.sampler import (
     nothing_given,
 )
 from megatron_kvpo.rollout.stream import World
-from megatron_kvpo.training.filmstrips import Filmstrips, Frames, write_video
+from megatron_kvpo.training.filmstrips import Filmstrips, Frames, grid_video, write_video
 from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.summary import EvaluationTable
 from megatron_kvpo.world import pixel_start
 
 CODED_SIZE = 64
 """Side of the real videos' files, in pixels; the pipeline resizes to the generator's."""
+
+SMALL = 128
+"""Width in pixels up to which videos are enlarged, and shown as GIFs."""
+
+_COLUMNS = 3
+"""Of larger ones in one picture."""
 
 
 class Evaluator:
@@ -127,6 +132,29 @@ class Evaluator:
             caption="; then ".join(group.prompt.segments),
         ).save(self._config.run_folder / "filmstrips" / "branches.npz")  # fmt: skip
 
+    def show_branches(
+        self, update: int, sampled: SampledGroup, rows: Mapping[str, int]
+    ) -> dict[str, tuple[Path, str]]:  # fmt: skip
+        """Write samples/update_<update>/<name>.mp4 of some of a group's sequences. First rank only.
+
+        Args:
+            update: the group's.
+            sampled: all branch ranks have all of it.
+            rows: of each name, the branch, or -1 for the anchor.
+
+        Returns:
+            Of each name, the file and what is to be seen.
+        """
+        group, folder = sampled.group, self._config.run_folder / "samples" / f"update_{update:06d}"
+        frames = _as_uint8(self._codec.decode_pixels(group.latent_NFCHW[list(rows.values())]))
+        text, shown = "; then ".join(group.prompt.segments), {}
+        for (name, row), video in zip(rows.items(), frames, strict=True):
+            path = folder / f"{name}.mp4"
+            write_video(path, video, scale=_scale(video))
+            seen = "" if row < 0 else f", branch {row}"
+            shown[name] = path, f"{name}{seen}, fork {group.plan.fork_frame}: {text}"
+        return shown
+
     def _strips(self, parts: list[Tensor]) -> Tensor:
         if parts:
             return torch.cat(parts)
@@ -144,15 +172,24 @@ class Evaluator:
         labels = tuple("; then ".join(p.segments) for p in self.prompts[: len(frames_RFCHW)])
         frames = _as_uint8(frames_RFCHW)
         Filmstrips(frames_RFHWC=frames, labels=labels).save(folder / f"{name}.npz")
-        write_video(self.video_path(name), np.concatenate(list(frames), axis=2), scale=3)
+        path = self.video_path(name)
+        columns = len(frames) if path.suffix == ".gif" else _COLUMNS
+        write_video(path, grid_video(frames, columns, gap=0), scale=_scale(frames))
 
     def video_path(self, name: str) -> Path:
-        """GIF of the shown prompts side by side."""
-        return self._config.run_folder / "filmstrips" / f"{name}.gif"
+        """GIF of the shown prompts side by side; of large ones an mp4, in rows."""
+        _, _, width = self._video_shape
+        suffix = "gif" if width <= SMALL else "mp4"
+        return self._config.run_folder / "filmstrips" / f"{name}.{suffix}"
 
 
 def _joined(parts: list[Tensor], ranks: Ranks) -> Tensor:
     return torch.cat(parts) if parts else torch.zeros(0, device=ranks.device)
+
+
+def _scale(frames: Frames) -> int:
+    """How often pixels of [..., H, W, 3] are repeated: videos of the shapes world are tiny."""
+    return 3 if frames.shape[-2] <= SMALL else 1
 
 
 def _as_uint8(frames_RFCHW: Tensor) -> Frames:

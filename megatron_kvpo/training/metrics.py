@@ -1,43 +1,57 @@
-"""A run's figures as they come: two .jsonl files always, wandb if wanted, the resolved config."""
+"""A run's figures as they come: two .jsonl files always, trackers if wanted, the resolved config.
+
+And what an update costs: seconds, tokens and operations of its stages, and memory.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-import netrc
-import os
-import uuid
-from collections.abc import Mapping, Sequence
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kvpo import settings
-from megatron_kvpo.config import RunConfig
+from megatron_kvpo import settings, stopwatch
+from megatron_kvpo.config import LogConfig, RunConfig
 from megatron_kvpo.log import get_logger
+from megatron_kvpo.model.flops import peak_of
+from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.records import Prompt
+from megatron_kvpo.stopwatch import Stage, Stopwatch
+from megatron_kvpo.training.reward_log import table_rows
+from megatron_kvpo.training.trackers import PICTURES, Guest, invite
 
 logger = get_logger(__name__)
 
-GROUPS = ("reward", "loss", "policy", "time", "data", "eval")
-"""What a metric's name may begin with, before the slash; wandb shows one panel row for each.
+GROUPS = (
+    "reward", "loss", "policy", "time", "speed", "memory", "data", "eval", "sample",
+)  # fmt: skip
+"""What a metric's name may begin with, before the slash; trackers show one panel row for each.
 
 The report draws `reward/*` against updates (`reward/composite` first) and takes `reward/x_se`, if
 logged, as the standard error of `reward/x`; names under `policy/` and `loss/` that differ in
 _min, _max, _mean or _std share a panel.
 """
 
-Mode: TypeAlias = Literal["online", "offline", "disabled"]
+ASIDE = ("evaluate", "save", "samples")
+"""Stages that are no part of an update. The line after them tells of them."""
+
 Scalar: TypeAlias = float | int | Tensor | np.floating[Any] | np.integer[Any]
 
 
 class Metrics:
-    """Writes one JSON object per call of `log` into the run's folder, and sends it to wandb.
+    """Writes one JSON object per call of `log` into the run's folder, and tells the trackers.
 
-    A context manager. On ranks other than the first every method does nothing. wandb is a guest:
-    what goes wrong with it is a warning, never the end of a run.
+    A context manager. On ranks other than the first every method does nothing. Trackers are guests:
+    what goes wrong with them is a warning, never the end of a run.
     """
 
     def __init__(self, config: RunConfig, first: bool, resume_at: int = 0) -> None:
@@ -53,8 +67,7 @@ class Metrics:
         self._folder = config.run_folder
         self._file: Any = None
         self._rewards: Any = None
-        self._wandb: Any = None
-        self._warned: set[str] = set()
+        self._guests: list[Guest] = []
 
     def __enter__(self) -> Metrics:
         if not self._first:
@@ -67,8 +80,18 @@ class Metrics:
         path = self._folder / "rewards.jsonl"
         truncate(path, self._resume_at)
         self._rewards = path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(self._config, resumed=self._resume_at > 0)
+        self._guests = invite(self._config.log, self._config.name, self._folder,
+                              settings.to_mapping(self._config), self._resume_at)  # fmt: skip
+        self._tell_again()
         return self
+
+    def _tell_again(self) -> None:
+        """What is kept of the update that the run resumes with, and void in a tracker."""
+        for line in read_jsonl(self._folder / "metrics.jsonl"):
+            if line["update"] >= self._resume_at:
+                values = {name: math.nan if value is None else value for name, value in line.items()
+                          if "/" in name}  # fmt: skip
+                self._tell(line["update"], values)
 
     def __exit__(
         self,
@@ -80,9 +103,9 @@ class Metrics:
             if file is not None:
                 file.close()
         self._file = self._rewards = None
-        if self._wandb is not None:
-            self._guard(lambda run: run.finish(exit_code=0 if error is None else 1))
-            self._wandb = None
+        for guest in self._guests:
+            guest.close(failed=error is not None)
+        self._guests = []
 
     def log(
         self,
@@ -111,43 +134,120 @@ class Metrics:
             raise ValueError("metrics are logged outside `with Metrics(...)`: enter it first")
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
-        self._guard(lambda run: run.log({"update": int(update), **numbers}))
+        self._tell(int(update), numbers)
 
-    def log_rewards(self, update: int, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Append to rewards.jsonl what training.reward_log says of each group."""
+    def _tell(self, update: int, numbers: dict[str, float]) -> None:
+        for guest in self._guests:
+            guest.tell(lambda tracker: tracker.scalars(update, numbers))
+
+    def log_rewards(
+        self, update: int, lines: Sequence[Mapping[str, Any]], prompts: Sequence[Prompt] = ()
+    ) -> None:  # fmt: skip
+        """Append to rewards.jsonl what training.reward_log says of each group.
+
+        With `prompts`, all of the run, trackers get a table of them too.
+        """
         if self._rewards is None:
             return
         for line in lines:
             self._rewards.write(json.dumps({"update": update, **line}) + "\n")
         self._rewards.flush()
+        if prompts and self._guests:
+            rows = table_rows(lines, prompts, self._config.reward.weights)
+            for guest in self._guests:
+                guest.tell(lambda tracker: tracker.table(update, "sample/groups", rows))
 
-    def log_video(self, name: str, path: Path, update: int = 0, caption: str = "") -> None:
-        """Show a .gif or .mp4 file in wandb. ValueError if it is missing or of another kind."""
+    def log_picture(self, name: str, path: Path, update: int = 0, caption: str = "") -> None:
+        """Show a .gif, .mp4 or .png file in trackers. ValueError if it is missing or another."""
         if not self._first:
             return
-        if path.suffix not in (".gif", ".mp4") or not path.is_file():
-            raise ValueError(f"no video at {path}: give an existing .gif or .mp4")
+        if path.suffix not in PICTURES or not path.is_file():
+            raise ValueError(f"no picture at {path}: give an existing {', '.join(PICTURES)}")
         _check_name(name)
-        if self._wandb is None:
+        for guest in self._guests:
+            guest.tell(lambda tracker: tracker.picture(update, name, path, caption))
+
+
+class Meter:
+    """What goes on while it is `running`, on every rank, from one `read` to the next."""
+
+    def __init__(self, config: LogConfig, ranks: Ranks) -> None:
+        """config.costs false: nothing is measured."""
+        self._ranks, self._wanted = ranks, config.costs
+        self._watch: Stopwatch | None = None
+        self._peak = config.peak_tflops
+        if self._peak is None and ranks.device.type == "cuda":
+            self._peak = peak_of(torch.cuda.get_device_name(ranks.device))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Measure inside, unless somebody else does."""
+        if not self._wanted or stopwatch.running():
+            yield
             return
-        import wandb
+        with Stopwatch(waits=False) as self._watch:
+            try:
+                yield
+            finally:
+                self._watch = None
 
-        kind = path.suffix[1:]
-        self._guard(lambda run: run.log(
-            {"update": update, name: wandb.Video(str(path), caption=caption or None, format=kind)}
-        ))  # fmt: skip
+    def read(self, unit: str = "update", count: int = 1) -> dict[str, float]:
+        """Figures of `count` updates, since the last reading. None unless it runs. Collective.
 
-    def _guard(self, action: Any) -> None:
-        """Do something with the wandb run; let go of it if that fails."""
-        if self._wandb is None:
-            return
-        import wandb
+        time/<stage>_s: seconds an update of the rank that took longest. speed/<stage>_tokens_per_s:
+        through the transformer, all ranks together. speed/<stage>_tflops: of a rank, as many as the
+        model needs, nothing that is computed again. speed/<stage>_mfu: that over the GPU's peak,
+        where it is known. The same of the whole `unit`. memory/peak_gib and memory/reserved_gib:
+        most that a GPU held of PyTorch's since the last reading; memory/host_peak_gib: most that a
+        process held since it began. Stages ASIDE count for no update.
+        """
+        if self._watch is None:
+            return {}
+        ranks = [(self._watch.lap(), self._memory())]
+        if self._ranks.world > 1:
+            found: list[Any] = [None] * self._ranks.world
+            dist.all_gather_object(found, ranks[0])
+            ranks = found
+        values: dict[str, float] = {}
+        laps = [stages for stages, _ in ranks]
+        for name in dict.fromkeys(name for stages in laps for name in stages):
+            values |= self._figures(name, [s.get(name, Stage()) for s in laps], count)
+        values |= self._figures(unit, [_whole(stages) for stages in laps], count)
+        for name in ranks[0][1]:
+            values[f"memory/{name}_gib"] = max(held[name] for _, held in ranks) / 2**30
+        return values
 
-        try:
-            action(self._wandb)
-        except (wandb.errors.Error, OSError, TimeoutError) as error:
-            logger.warning("wandb stopped (%s): the run goes on with metrics.jsonl", error)
-            self._wandb = None
+    def _figures(self, name: str, parts: Sequence[Stage], count: int) -> dict[str, float]:
+        """Of one stage, over its ranks."""
+        name, longest = name.replace(" ", "_"), max(part.seconds for part in parts)
+        values = {f"time/{name}_s": longest / count}
+        total = sum(part.seconds for part in parts)
+        if total and any(part.tokens for part in parts):
+            rate = sum(part.needed_flops for part in parts) / total / 1e12
+            values[f"speed/{name}_tokens_per_s"] = sum(part.tokens for part in parts) / longest
+            values[f"speed/{name}_tflops"] = rate
+            if self._peak:
+                values[f"speed/{name}_mfu"] = rate / self._peak
+        return values
+
+    def _memory(self) -> dict[str, float]:
+        """Bytes. What the GPU's allocator remembers begins anew."""
+        found = {"host_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0}
+        device = self._ranks.device
+        if device.type == "cuda":
+            found["peak"] = float(torch.cuda.max_memory_allocated(device))
+            found["reserved"] = float(torch.cuda.max_memory_reserved(device))
+            torch.cuda.reset_peak_memory_stats(device)
+        return found
+
+
+def _whole(stages: Mapping[str, Stage]) -> Stage:
+    """An update's stages together."""
+    own = [part for name, part in stages.items() if name not in ASIDE]
+    return Stage(
+        seconds=sum(part.seconds for part in own), tokens=sum(part.tokens for part in own),
+        needed_flops=sum(part.needed_flops for part in own),
+    )  # fmt: skip
 
 
 def truncate(path: Path, resume_at: int, keep_evaluation: bool = False) -> None:
@@ -206,73 +306,3 @@ def _number(name: str, value: Scalar) -> float:
         raise ValueError(f"metric {name} has {size} values: log one number, a mean say")
     number = float(value)
     return int(number) if isinstance(value, int | np.integer) else number
-
-
-def _wandb_mode(wanted: Literal["auto", "online", "offline", "disabled"]) -> Mode:
-    """`auto`: what WANDB_MODE says, else online when there is a key, else offline."""
-    if wanted != "auto":
-        return wanted
-    asked = os.environ.get("WANDB_MODE", "")
-    modes: tuple[Mode, ...] = ("online", "offline", "disabled")
-    for mode in modes:
-        if asked == mode:
-            return mode
-    return "online" if _logged_in() else "offline"
-
-
-def _logged_in() -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].strip("/")
-    try:
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _start_wandb(config: RunConfig, resumed: bool) -> Any:
-    """A wandb run, or None when disabled, missing or failing. Online falls back to offline."""
-    mode = _wandb_mode(config.log.wandb)
-    if mode == "disabled":
-        return None
-    try:
-        import wandb
-    except ImportError as error:
-        logger.warning("wandb cannot be imported (%s): metrics.jsonl only", error)
-        return None
-    attempts: list[Mode] = [mode, "offline"] if mode == "online" else [mode]
-    for attempt in attempts:
-        try:
-            run = wandb.init(
-                project=config.log.project,
-                name=config.name,
-                id=_wandb_id(config.run_folder, resumed),
-                resume="allow" if attempt == "online" else None,
-                dir=str(config.run_folder),
-                mode=attempt,
-                config=settings.to_mapping(config),
-                settings=wandb.Settings(
-                    silent=True, console="off", init_timeout=30, finish_timeout=60
-                ),
-            )
-            run.define_metric("update")
-            run.define_metric("*", step_metric="update")
-        except (wandb.errors.Error, OSError, TimeoutError, ValueError) as error:
-            logger.warning("wandb does not start %s: %s", attempt, error)
-        else:
-            logger.info("wandb %s, run %s", attempt, run.id)
-            return run
-    return None
-
-
-def _wandb_id(folder: Path, resumed: bool) -> str:
-    """The id this run has had before, if it resumes, else a new one, kept in wandb_id.txt."""
-    path = folder / "wandb_id.txt"
-    if resumed and path.is_file():
-        kept = path.read_text().strip()
-        if kept:
-            return kept
-    fresh = uuid.uuid4().hex[:12]
-    path.write_text(fresh + "\n")
-    return fresh

@@ -1,4 +1,4 @@
-"""The frozen parts around the generator that a recipe names: text encoder, codec, judges."""
+"""What a recipe names around the generator: prompts, text encoder, codec, judges."""
 
 from __future__ import annotations
 
@@ -9,10 +9,17 @@ import torch
 
 from megatron_kvpo.config import CodecConfig, ModelConfig, RunConfig
 from megatron_kvpo.data.embeddings import EmbeddingCache
+from megatron_kvpo.data.prompts import check_prompts, load_prompts
 from megatron_kvpo.model.codec import ShapesCodec, load_codec
+from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.model.text_encoder import WordEncoder
 from megatron_kvpo.model.wan_vae import WanVae, load_wan_vae
 from megatron_kvpo.parallel.groups import Ranks
+from megatron_kvpo.records import Prompt
+from megatron_kvpo.reward.base import SHAPES
+from megatron_kvpo.routing import legal_forks
+from megatron_kvpo.training.trackers import check_installed
+from megatron_kvpo.world import parse_captions
 
 if TYPE_CHECKING:
     from megatron_kvpo.reward.service import RemoteReward
@@ -81,3 +88,36 @@ def connect_judges(config: RunConfig, ranks: Ranks) -> list[RemoteReward]:
 
     names = (*reward.weights, *reward.held_out)
     return connect(reward.service, names, device=ranks.device, recipe=config)
+
+
+def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
+    """Training and held-out prompts of a recipe, after the checks that need no ranks.
+
+    ValueError: prompts that do not fit the stream, texts that the text encoder does not take,
+    sentences that the rewards cannot read, no legal fork, sizes that do not divide.
+    """
+    check_installed(config.log)
+    check_layout(config.model, config.parallel, config.stream.block_frames)
+    legal_forks(config.stream, config.routing)
+    if config.routing.num_branches < config.parallel.branch:
+        raise ValueError(
+            f"parallel.branch {config.parallel.branch} exceeds routing.num_branches "
+            f"{config.routing.num_branches}: some ranks would have no branch"
+        )
+    prompts = load_prompts(config.data.prompts)
+    check_prompts(prompts, config.stream)
+    for given, index in {p.video_frames: p.index for p in reversed(prompts)}.items():
+        try:
+            legal_forks(config.stream, config.routing, given)
+        except ValueError as error:
+            raise ValueError(f"prompt {index}: {error}") from error
+    held_out: list[Prompt] = []
+    if config.evaluation.prompts is not None:
+        held_out = load_prompts(config.evaluation.prompts)
+        check_prompts(held_out, config.stream)
+    everything = (*prompts, *held_out)
+    build_encoder(config).require([text for prompt in everything for text in prompt.segments])
+    if {*config.reward.weights, *config.reward.held_out} & set(SHAPES):
+        for prompt in everything:
+            parse_captions(prompt.segments)
+    return prompts, held_out

@@ -17,32 +17,30 @@ from torch import Tensor
 from megatron_kvpo import log
 from megatron_kvpo.checkpoint.state import load
 from megatron_kvpo.config import RunConfig
-from megatron_kvpo.data.prompts import PromptStream, check_prompts, load_prompts, share
-from megatron_kvpo.model.specs import check_layout
+from megatron_kvpo.data.prompts import PromptStream, share
 from megatron_kvpo.parallel.collect import gather_rows, shares
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
-from megatron_kvpo.records import Energies, LossOutput, Prompt
-from megatron_kvpo.reward.base import SHAPES
+from megatron_kvpo.records import Energies, LossOutput
 from megatron_kvpo.reward.composite import Scorer
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.rollout.sizing import rows_at_once, run_pages
 from megatron_kvpo.rollout.stream import World
-from megatron_kvpo.routing import legal_forks
+from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.alarms import AlarmError, check_start
 from megatron_kvpo.training.continuation import Beginnings
 from megatron_kvpo.training.evaluate import Evaluator
 from megatron_kvpo.training.group_dump import Figures, dump
 from megatron_kvpo.training.guard import Guard
 from megatron_kvpo.training.heartbeat import Heartbeat
-from megatron_kvpo.training.metrics import Metrics
-from megatron_kvpo.training.parts import build_codec, build_encoder, connect_judges
+from megatron_kvpo.training.metrics import Meter, Metrics
+from megatron_kvpo.training.parts import build_codec, build_encoder, check_run, connect_judges
 from megatron_kvpo.training.policy import Policy
 from megatron_kvpo.training.recovery import Saver, StopSignal, agree, checkpoint_to_resume
 from megatron_kvpo.training.replays import Ask
 from megatron_kvpo.training.report import write_report
+from megatron_kvpo.training.reward_log import reward_lines
 from megatron_kvpo.training.stages import Stages
 from megatron_kvpo.training.summary import EvaluationTable, summarise, to_json
-from megatron_kvpo.world import parse_captions
 
 if TYPE_CHECKING:
     from megatron_kvpo.reward.service import RemoteReward
@@ -81,6 +79,7 @@ class Run:
         self._saver = Saver(config.checkpoint, self._checkpoints, ranks, saved=0)
         self._heartbeat = Heartbeat(config.heartbeat, config.run_folder, ranks,
                                     config.parallel.timeout_s)  # fmt: skip
+        self._meter = Meter(config.log, ranks)
 
         self._tables: dict[str, EvaluationTable] = {}
         self._real: float | None = None
@@ -126,8 +125,11 @@ class Run:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While the run goes on, SIGTERM and SIGUSR1 are heard by `ends`, and hangs are told."""
-        with self._signal.watched(), self._heartbeat.running():
+        """While the run goes on, SIGTERM and SIGUSR1 are heard by `ends`, and hangs are told.
+
+        And stages are measured.
+        """
+        with self._signal.watched(), self._heartbeat.running(), self._meter.running():
             yield
 
     @property
@@ -218,26 +220,30 @@ class Run:
             return
         logger.info("evaluating %d videos %s training", self.evaluator.num_videos, name)
         slot = "reference" if name == "before" else self.config.evaluation.adapter
-        self._tables[name] = self.evaluator.run(name, slot)
-        if not self.first:
-            return
-        if name == "before":
-            self._real = self.evaluator.real()
-            logger.info("real videos of the same prompts score %.3f", self._real)
-        if name == "after":
-            self._log_table(self._tables[name], self._last, metrics)
-        elif self.update == 0:  # a resumed run has this line already
-            self._log_table(self._tables[name], 0, metrics)
-        metrics.log_video(f"eval/{name}", self.evaluator.video_path(name), self.update)
+        with stage("evaluate"):
+            self._tables[name] = self.evaluator.run(name, slot)
+            if not self.first:
+                return
+            if name == "before":
+                self._real = self.evaluator.real()
+                logger.info("real videos of the same prompts score %.3f", self._real)
+        update = self._last if name == "after" else 0
+        if name == "after" or self.update == 0:  # a resumed run has this line already
+            self._log_table(self._tables[name], update, metrics)
+            metrics.log_picture("eval/videos", self.evaluator.video_path(name), update)
 
     def evaluate_on_the_way(self, update: int, metrics: Metrics) -> None:
         """Every config.evaluation.every updates, but not at the end, where `after` comes."""
         every = self.config.evaluation.every
         if every and update % every == 0 and update < self.config.num_updates:
-            table = self.evaluator.run(f"{update:06d}", self.config.evaluation.adapter)
+            name = f"{update:06d}"
+            with stage("evaluate"):
+                table = self.evaluator.run(name, self.config.evaluation.adapter)
             seen = self.guard.watch(self._tables["before"], table)
             self._last = update if self.stopped else self._last
             self._log_table(table, update, metrics, seen)
+            if self.first:
+                metrics.log_picture("eval/videos", self.evaluator.video_path(name), update)
 
     def _log_table(
         self, table: EvaluationTable, update: int, metrics: Metrics,
@@ -246,6 +252,29 @@ class Run:
         scores = {name: float(table.of(name).mean()) for name in table.components}
         whole = {"composite": float(table.of(None).mean()), **scores, **(seen or {})}
         metrics.log(update, eval=whole)
+
+    def show(
+        self, update: int, metrics: Metrics, groups: Sequence[SampledGroup], figures: Figures
+    ) -> None:
+        """Every score and energy into rewards.jsonl, and now and then what they are of. Collective.
+
+        Once in log.samples_every updates: the first group's videos, and a table in the trackers.
+        """
+        assert figures.tables is not None
+        assert figures.advantage_PG is not None
+        every = self.config.log.samples_every
+        due = every > 0 and update % every == 0
+        lines = reward_lines(groups, figures.tables, figures.advantage_PG, self.ranks,
+                             figures.energies[0])  # fmt: skip
+        metrics.log_rewards(update, lines, self.stages.prompts.prompts if due else ())
+        if due and self.first:
+            composite_G = figures.tables[0].composite_N[:-1]
+            rows = {"anchor": -1, "best": int(composite_G.argmax()),
+                    "worst": int(composite_G.argmin())}  # fmt: skip
+            with stage("samples"):
+                shown = self.evaluator.show_branches(update, groups[0], rows)
+            for name, (path, caption) in shown.items():
+                metrics.log_picture(f"sample/{name}", path, update, caption)
 
     def log(
         self, update: int, metrics: Metrics, progress: log.Progress,
@@ -269,7 +298,7 @@ class Run:
             name: float(EXTREMES.get(name, torch.mean)(rank_D))
             for name, rank_D in zip(values, rank_DV.T, strict=True)
         }
-        metrics.log(update, {**whole, "policy/grad_norm": grad_norm})
+        metrics.log(update, {**whole, "policy/grad_norm": grad_norm, **self._meter.read()})
         progress.update(update + 1, reward=whole["reward/composite"], loss=whole["loss/total"],
                         grad=grad_norm)  # fmt: skip
 
@@ -277,7 +306,8 @@ class Run:
         """Write a checkpoint, or begin to, if it is time."""
         every, last = self.config.checkpoint.every, update == self._last
         if every and (last or update % every == 0):
-            self._saver.save(update, lambda: self._tree(update), last=last)
+            with stage("save"):
+                self._saver.save(update, lambda: self._tree(update), last=last)
 
     def _tree(self, update: int) -> dict[str, Any]:
         """All that a resumed run needs. Collective."""
@@ -343,35 +373,3 @@ def _earlier_seconds(summary: Path) -> float:
     if not summary.is_file():
         return 0.0
     return float(json.loads(summary.read_text())["seconds_per_update"])
-
-
-def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
-    """Training and held-out prompts of a recipe, after the checks that need no ranks.
-
-    ValueError: prompts that do not fit the stream, texts that the text encoder does not take,
-    sentences that the rewards cannot read, no legal fork, sizes that do not divide.
-    """
-    check_layout(config.model, config.parallel, config.stream.block_frames)
-    legal_forks(config.stream, config.routing)
-    if config.routing.num_branches < config.parallel.branch:
-        raise ValueError(
-            f"parallel.branch {config.parallel.branch} exceeds routing.num_branches "
-            f"{config.routing.num_branches}: some ranks would have no branch"
-        )
-    prompts = load_prompts(config.data.prompts)
-    check_prompts(prompts, config.stream)
-    for given, index in {p.video_frames: p.index for p in reversed(prompts)}.items():
-        try:
-            legal_forks(config.stream, config.routing, given)
-        except ValueError as error:
-            raise ValueError(f"prompt {index}: {error}") from error
-    held_out: list[Prompt] = []
-    if config.evaluation.prompts is not None:
-        held_out = load_prompts(config.evaluation.prompts)
-        check_prompts(held_out, config.stream)
-    everything = (*prompts, *held_out)
-    build_encoder(config).require([text for prompt in everything for text in prompt.segments])
-    if {*config.reward.weights, *config.reward.held_out} & set(SHAPES):
-        for prompt in everything:
-            parse_captions(prompt.segments)
-    return prompts, held_out

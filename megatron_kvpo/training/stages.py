@@ -121,7 +121,7 @@ class Stages:
             rows.append(row)
             plan = sampled.group.plan
             parts.append({
-                **metrics, "reward/composite": self._composite(table),
+                **metrics, "reward/composite": table.composite_N[:-1].mean(),
                 "policy/route_distance": row.new_tensor(diversity(plan)),
                 "policy/route_entropy": row.new_tensor(route_entropy(plan)),
                 "policy/latent_distance": latent_distance(sampled.group).to(row.device),
@@ -207,9 +207,3 @@ class Stages:
     def _whole(self, score_KN: Tensor) -> Tensor:
         """All sequences' scores, from this rank's."""
         return gather_rows(score_KN.T.contiguous(), self.ranks.branch, self._sizes).T
-
-    @staticmethod
-    def _composite(table: RewardTable) -> Tensor:
-        """Weighted mean of the branches' global scores."""
-        weight_K = torch.tensor(table.weights, dtype=torch.float64, device=table.global_KN.device)
-        return (weight_K @ table.global_KN[:, :-1].double()).mean() / weight_K.sum()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_kvpo.config import load_config
 from megatron_kvpo.training.metrics import read_jsonl
@@ -86,7 +87,8 @@ def recipe(tmp_path_factory) -> Path:
         evaluation={"prompts": str(folder / "prompts.jsonl"), "noises_per_prompt": 2,
                     "filmstrips": 2},
         checkpoint={"every": 1, "keep": 2},
-        log={"wandb": "disabled", "report": True},
+        log={"wandb": "disabled", "report": True, "costs": True, "tensorboard": True,
+             "samples_every": 2, "peak_tflops": 1.0},
     )  # fmt: skip
 
 
@@ -127,11 +129,49 @@ def test_two_ranks_leave_one_line_and_every_file_that_was_promised(by_two_ranks)
     }  # fmt: skip
     assert any(name.endswith(".png") for name in files)
     assert list(run.folder.glob("wandb/offline-run-*"))
+    _assert_costs(run)
+    samples = {p.name for p in (run.folder / "samples" / "update_000000").iterdir()}
+    assert samples == {"anchor.mp4", "best.mp4", "worst.mp4"}
+    assert len(list((run.folder / "samples").iterdir())) == 1
     report = (run.folder / "report.html").read_text()
     assert "<html" in report
     assert f"{result['gain_sd']:+.2f}"[:4] in report
     for step in ("update 1/2", "update 2/2", "left"):
         assert step in run.stderr
+
+
+def _assert_costs(run: Started) -> None:
+    """Every update says what its stages took, and what it holds."""
+    stages = ("prefix", "branches", "reward", "replay", "backward", "step", "update")
+    for line in run.updates:
+        assert all(line[f"time/{name}_s"] > 0 for name in stages)
+        assert line["time/update_s"] > line["time/replay_s"] + line["time/backward_s"]
+        for name in ("prefix", "branches", "replay", "backward", "update"):
+            assert line[f"speed/{name}_mfu"] == line[f"speed/{name}_tflops"] > 0
+            assert line[f"speed/{name}_tokens_per_s"] > 0
+        assert "speed/step_mfu" not in line
+        assert line["memory/host_peak_gib"] > 0.1
+    assert "time/evaluate_s" in run.updates[0]
+    assert "time/save_s" in run.updates[1]
+    scores = read_jsonl(run.folder / "rewards.jsonl")
+    assert all(len(line["energy"]) == 5 and line["energy"][0] > 0 for line in scores)
+    assert all(abs(line["energy"][4]) < 1e-9 for line in scores if line["update"] == 0)
+
+
+def _assert_tensorboard_has(run: Started) -> None:
+    """The same values as metrics.jsonl, each once; the pictures, of starts that resumed too."""
+    events = EventAccumulator(str(run.folder / "tensorboard"), {"scalars": 0, "images": 0})
+    events.Reload()
+    for name in ("loss/total", "policy/grad_norm", "time/update_s"):
+        told = [(event.step, event.value) for event in events.Scalars(name)]
+        written = [(line["update"], np.float32(line[name])) for line in run.updates]
+        assert told == written
+    told = [(event.step, event.value) for event in events.Scalars("eval/composite")]
+    assert told == [(line["update"], np.float32(line["eval/composite"]))
+                    for line in run.evaluations]  # fmt: skip
+    assert [event.step for event in events.Images("sample/best")] == [0, 2]
+    steps = [event.step for event in events.Images("eval/videos")]
+    assert (steps[0], steps[-1]) == (0, 3)
 
 
 @pytest.mark.gloo
@@ -147,6 +187,7 @@ def test_the_next_start_goes_on_where_the_last_one_ended_even_on_fewer_ranks(by_
     assert more.result["reward_before"] == pytest.approx(
         by_two_ranks.result["reward_before"], abs=1e-5
     )
+    _assert_tensorboard_has(more)
     checkpoints = sorted(p.name for p in (more.folder / "checkpoints").glob("step_*"))
     assert checkpoints == ["step_00000002", "step_00000003"]
 

@@ -12,7 +12,7 @@ pytest.importorskip("nvidia.dali")
 
 from megatron_kvpo.config import load_config
 from megatron_kvpo.data.shapes import write_dataset
-from megatron_kvpo.training.run import check_run
+from megatron_kvpo.training.parts import check_run
 from tests.parallel.test_parity import check_run as check_parity
 from tests.parallel.test_parity import check_that_it_learns, run_layouts
 from tests.parallel.test_resume import assert_one_run, in_two_parts

@@ -60,7 +60,7 @@ RECIPE: dict[str, Any] = {
                "rollouts_per_policy_sync": 2},
     "reward": {"weights": {"pattern": 1.0, "temporal_consistency": 1.0}},
     "checkpoint": {"every": 0},
-    "log": {"wandb": "disabled", "report": False},
+    "log": {"wandb": "disabled", "report": False, "costs": False, "samples_every": 0},
 }  # fmt: skip
 
 

@@ -9,13 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_kvpo.records import Prompt, RewardTable, RolloutGroup, RoutingPlan, Trajectory
+from megatron_kvpo.records import (
+    Energies,
+    Prompt,
+    RewardTable,
+    RolloutGroup,
+    RoutingPlan,
+    Trajectory,
+)
 from megatron_kvpo.reward_config import GuardConfig
 from megatron_kvpo.rollout.group import SampledGroup
 from megatron_kvpo.routing import route_entropy
 from megatron_kvpo.training import guard as guard_module
 from megatron_kvpo.training.guard import Guard
-from megatron_kvpo.training.reward_log import reward_lines
+from megatron_kvpo.training.reward_log import reward_lines, table_rows
 from megatron_kvpo.training.stages import latent_distance
 from megatron_kvpo.training.summary import EvaluationTable
 from tests.unit import small
@@ -138,3 +145,19 @@ def test_every_score_of_a_group_is_a_line(ranks):
     assert (line["prompt"], line["fork"], line["advantage"]) == (7, 2, [0.5, -0.5])
     assert line["local"] == {"one": local[0].tolist(), "two": local[1].tolist()}
     assert line["global"] == {"one": whole[0].tolist(), "two": whole[1].tolist()}
+    assert "energy" not in line
+    energies = Energies(torch.tensor([[0.25, 0.5]]), torch.tensor([0.0]))
+    (line,) = reward_lines([SampledGroup(rows, None)], [scores], advantage, ranks, energies)
+    assert (line["advantage"], line["energy"]) == ([0.5, -0.5], [0.25, 0.5, 0.0])
+    prompt = Prompt(segments=("a", "b"), switch_frames=(3,), index=7)
+    first, _, anchor = table_rows([line], [prompt], {"one": 1.0, "two": 3.0})
+    assert (first["prompt"], first["caption"], first["fork"]) == (7, "a; then b", 2)
+    assert (first["sequence"], anchor["sequence"]) == ("branch 0", "anchor")
+    assert (first["advantage"], anchor["advantage"]) == (0.5, None)
+    assert (first["energy"], anchor["energy"]) == (0.25, 0.0)
+    weighted = RewardTable(components=("one", "two"), weights=(1.0, 3.0), local_KN=local,
+                           global_KN=whole)  # fmt: skip
+    assert anchor["composite"] == pytest.approx(float(whole[0, 2] + 3 * whole[1, 2]) / 4)
+    assert anchor["composite"] == pytest.approx(float(weighted.composite_N[2]))
+    assert first["local/two"] == pytest.approx(float(local[1, 0]))
+    assert first.keys() == anchor.keys()

@@ -1,25 +1,21 @@
-"""metrics.jsonl survives resumes and odd numbers; wandb is a guest that cannot hurt the run."""
+"""metrics.jsonl survives resumes and odd numbers, and tells what updates cost."""
 
 import json
 import math
-import socket
-import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_kvpo import stopwatch
 from megatron_kvpo.config import LogConfig, RunConfig, load_config
-from megatron_kvpo.training import metrics
-from megatron_kvpo.training.filmstrips import write_video
-from megatron_kvpo.training.metrics import Metrics, read_jsonl, truncate
+from megatron_kvpo.model.flops import peak_of
+from megatron_kvpo.stopwatch import Stage, Stopwatch, stage
+from megatron_kvpo.training.metrics import Meter, Metrics, read_jsonl, truncate
+from tests.unit import small
 
-
-@pytest.fixture(autouse=True)
-def _no_login(monkeypatch, tmp_path):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+ranks = small.ranks
 
 
 def make_config(tmp_path, wandb="disabled", **more):
@@ -140,106 +136,80 @@ def test_other_ranks_write_nothing(tmp_path):
     config = make_config(tmp_path, wandb="offline")
     with Metrics(config, first=False) as run:
         run.log(0, {"whatever": 1.0})
-        run.log_video("eval/before", tmp_path / "none.gif")
+        run.log_picture("eval/videos", tmp_path / "none.gif")
     assert not config.folder.exists()
 
 
-def test_disabled_does_not_import_wandb(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it now raises ImportError
+def test_a_picture_that_is_none_is_refused(tmp_path):
+    (tmp_path / "clip.avi").write_text("")
     with Metrics(make_config(tmp_path), first=True) as run:
-        run.log(0, {"loss/total": 1.0})
+        for name in ("none.mp4", "clip.avi"):
+            with pytest.raises(ValueError, match="no picture at"):
+                run.log_picture("eval/videos", tmp_path / name)
 
 
-def test_a_missing_wandb_is_a_warning_and_the_run_goes_on(tmp_path, monkeypatch):
-    warned = []
-    monkeypatch.setattr(metrics.logger, "warning", lambda *a: warned.append(a[0] % a[1:]))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    config = make_config(tmp_path, wandb="offline")
-    with Metrics(config, first=True) as run:
-        run.log(0, {"loss/total": 1.0})
-    assert len(lines_of(config)) == 1
-    assert "wandb cannot be imported" in warned[0]
+def test_a_meter_tells_seconds_rates_and_memory_of_each_stage_since_it_was_read(ranks):
+    meter = Meter(LogConfig(peak_tflops=2e-6), ranks)
+    assert meter.read() == {}
+    with meter.running():
+        with stage("await scores"):
+            time.sleep(0.02)
+        with stage("replay"):
+            time.sleep(0.05)
+            stopwatch.count(9e6, 3, needed_flops=6e4, tokens=100)
+        with stage("save"):
+            time.sleep(0.03)
+        found = meter.read()
+        with stage("step"):
+            time.sleep(0.01)
+        second = meter.read("step", count=2)
+    replay_s = found["time/replay_s"]
+    assert 0.05 <= replay_s < 0.07
+    assert 0.02 <= found["time/await_scores_s"] < 0.04
+    assert found["speed/replay_tokens_per_s"] == pytest.approx(100 / replay_s)
+    assert found["speed/replay_tflops"] == pytest.approx(6e4 / replay_s / 1e12)
+    assert found["speed/replay_mfu"] == pytest.approx(6e4 / replay_s / 2e6)  # of needed work
+    assert not [name for name in found if name.startswith("speed/await")], "it computes nothing"
+    parts = [found[f"time/{name}_s"] for name in ("other", "await_scores", "replay")]
+    assert found["time/update_s"] == pytest.approx(sum(parts))  # saving is no part of it
+    assert found["time/save_s"] >= 0.03
+    assert found["speed/update_tokens_per_s"] == pytest.approx(100 / found["time/update_s"])
+    assert 0.01 < found["memory/host_peak_gib"] < 64
+    assert "memory/peak_gib" not in found, "there is no GPU"
+    assert second.keys() == {"time/other_s", "time/step_s", "memory/host_peak_gib"}
+    assert 0.005 <= second["time/step_s"] < 0.02  # of one of two steps
+    assert meter.read() == {}
 
 
-@pytest.mark.parametrize(
-    "error", [OSError("disk full"), TimeoutError("slow"), "wandb"], ids=["os", "timeout", "wandb"]
-)
-def test_a_wandb_that_fails_to_start_or_dies_later_is_a_warning(tmp_path, monkeypatch, error):
-    import wandb
-
-    failure = wandb.errors.CommError("no server") if error == "wandb" else error
-
-    class Dying:
-        id = "x"
-
-        def define_metric(self, *names, **options): ...
-
-        def log(self, values):
-            raise failure
-
-    warned, answers = [], [failure, Dying()]
-    monkeypatch.setattr(metrics.logger, "warning", lambda *a: warned.append(a[0] % a[1:]))
-
-    def init(**options):
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(wandb, "init", init)
-    config = make_config(tmp_path, wandb="online")
-    with Metrics(config, first=True) as run:
-        run.log(0, {"loss/total": 1.0})
-        run.log(1, {"loss/total": 2.0})
-    assert "does not start online" in warned[0]
-    assert "wandb stopped" in warned[1]
-    assert len(warned) == 2
-    assert len(lines_of(config)) == 2
+def test_without_a_known_peak_there_is_no_mfu_and_without_costs_nothing(ranks):
+    assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989
+    assert peak_of("NVIDIA H100 PCIe") == 756
+    assert peak_of("some other card") is None
+    meter = Meter(LogConfig(), ranks)
+    with meter.running(), stage("replay"):
+        stopwatch.count(1.0, 1, needed_flops=1.0, tokens=1.0)
+        found = meter.read()
+    assert "speed/replay_tflops" in found
+    assert not [name for name in found if name.endswith("mfu")]
+    silent = Meter(LogConfig(costs=False), ranks)
+    with silent.running():
+        assert not stopwatch.running()
+        assert silent.read() == {}
 
 
-def test_auto_is_offline_without_a_key_and_online_with_one(tmp_path, monkeypatch):
-    assert metrics._wandb_mode("auto") == "offline"
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
-    assert metrics._wandb_mode("auto") == "online"
-    (tmp_path / "netrc").write_text("machine elsewhere.example login user password secret\n")
-    assert metrics._wandb_mode("auto") == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    assert metrics._wandb_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert metrics._wandb_mode("auto") == "offline"
-    assert metrics._wandb_mode("disabled") == "disabled"
+def test_a_meter_gives_way_to_a_stopwatch(ranks):
+    meter = Meter(LogConfig(), ranks)
+    with Stopwatch() as watch, meter.running(), stage("step"):
+        assert meter.read() == {}
+    assert "step" in watch.stages
 
 
-def test_the_wandb_id_is_kept_over_a_resume_and_new_for_a_fresh_run(tmp_path):
-    first = metrics._wandb_id(tmp_path, resumed=False)
-    assert metrics._wandb_id(tmp_path, resumed=True) == first
-    assert metrics._wandb_id(tmp_path, resumed=False) != first
-
-
-def test_offline_wandb_takes_scalars_and_videos_inside_the_run_folder(tmp_path, capfd, monkeypatch):
-    """The real thing, without a network: opening a connection to another machine fails the test."""
-    connect = socket.socket.connect
-
-    def local_only(self, address):
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
-            pytest.fail(f"connects to {address}")
-        return connect(self, address)
-
-    monkeypatch.setattr(socket.socket, "connect", local_only)
-    config = make_config(tmp_path, wandb="offline")
-    frames = np.random.default_rng(0).integers(0, 256, size=(5, 16, 16, 3), dtype=np.uint8)
-    for suffix in (".gif", ".mp4"):
-        write_video(tmp_path / f"strip{suffix}", frames, scale=2)
-    with Metrics(config, first=True) as run:
-        run.log(0, {"loss/total": 1.0})
-        run.log_video("eval/before", tmp_path / "strip.gif", caption="a red square")
-        run.log_video("eval/after", tmp_path / "strip.mp4", update=1)
-        with pytest.raises(ValueError, match="no video at"):
-            run.log_video("eval/after", tmp_path / "none.mp4")
-    [folder] = (config.run_folder / "wandb").glob("offline-run-*")
-    assert (config.run_folder / "wandb_id.txt").read_text().strip() in folder.name
-    assert list(folder.glob("run-*.wandb"))
-    kept = {path.suffix for path in folder.rglob("media/videos/**/*") if path.is_file()}
-    assert kept == {".gif", ".mp4"}
-    out, err = capfd.readouterr()
-    assert "wandb:" not in out + err
+def test_figures_of_ranks_are_the_slowest_ones_seconds_and_all_ones_work(ranks):
+    meter = Meter(LogConfig(peak_tflops=1e-11), ranks)  # 10 operations a second
+    parts = [Stage(seconds=2.0, tokens=30, needed_flops=10), Stage(),
+             Stage(seconds=8.0, tokens=50, needed_flops=40)]  # fmt: skip
+    found = meter._figures("replay", parts, 1)
+    assert found == {
+        "time/replay_s": 8.0, "speed/replay_tokens_per_s": 10.0, "speed/replay_tflops": 5e-12,
+        "speed/replay_mfu": 0.5,
+    }  # fmt: skip

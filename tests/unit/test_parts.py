@@ -10,7 +10,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from megatron_kvpo.data.embeddings import add_texts  # noqa: E402
-from megatron_kvpo.training.run import check_run  # noqa: E402
+from megatron_kvpo.training.parts import check_run  # noqa: E402
 from tests.parallel import tiny_run  # noqa: E402
 from tests.unit.test_embeddings import FakeEncoder  # noqa: E402
 

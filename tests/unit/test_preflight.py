@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_kvpo import log
 from megatron_kvpo.config import RunConfig, load_config
-from megatron_kvpo.training.run import check_run
+from megatron_kvpo.training.parts import check_run
 from tests.end_to_end.test_run import TRAINED
 from tests.parallel.tiny_run import tiny_config, write_recipe
 from tests.ranks import on_ranks
