@@ -15,6 +15,8 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,15 @@ from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.parallel.collect import mean_over
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import LatentStream
+from megatron_kvpo.stopwatch import stage
 from megatron_kvpo.training.latent_streams import StreamOpener, opener
 from megatron_kvpo.training.learner import Learner
+from megatron_kvpo.training.metrics import Meter
 from megatron_kvpo.training.pretrain_config import FittingConfig, PretrainConfig
 from megatron_kvpo.training.recovery import Saver, StopSignal, checkpoint_to_resume
 from megatron_kvpo.training.samples import Sampler, plot_curve
 from megatron_kvpo.training.shapes_corpus import load_corpus
+from megatron_kvpo.training.trackers import Guest, check_installed, invite
 
 __all__ = ["PretrainConfig", "pretrain"]
 
@@ -57,11 +62,15 @@ class Loop:
         self._checkpoints = config.run_folder / "checkpoints"
         self._saver = Saver(config.checkpoint, self._checkpoints, self._ranks, saved=0)
         self._signal = StopSignal()
+        self._meter, self._guests = Meter(config.log, self._ranks), list[Guest]()
         self.step = 0
         """Steps done."""
 
         self._seconds = 0.0
         """Spent by runs before this one."""
+
+        self._measured = 0
+        """Steps that the meter has told of."""
 
         self._loss = torch.zeros((), device=self._ranks.device)
         self._since = 0
@@ -104,10 +113,11 @@ class Loop:
     def run(self) -> bool:
         """All steps that are left; False if a signal ended them early. A checkpoint is left."""
         started, first = time.monotonic() - self._seconds, self.step
+        self._measured = first
         cut_curve(self._curve, first, self._ranks)
         progress = log.Progress(self._fitting.steps, first=is_first(self._ranks), start=first,
                                 label="step")  # fmt: skip
-        with self._signal.watched(), progress:
+        with self._signal.watched(), self._tracked(), progress, self._meter.running():
             batches = self._stream.batches(first)
             done, asked = self._agree(started)
             while done < 1 and not asked:
@@ -129,6 +139,30 @@ class Loop:
             kept = "saved" if self._config.checkpoint.every else "lost, as checkpoint.every is 0"
             logger.warning("asked to end by %s: %d steps are done and %s", name, self.step, kept)
         return not asked
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Trackers are there inside."""
+        if is_first(self._ranks):
+            self._guests = invite(self._config.log, self._config.name, self._folder,
+                                  settings.to_mapping(self._config), self._first_told)  # fmt: skip
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            for guest in self._guests:
+                guest.close(failed=failed)
+
+    @property
+    def _first_told(self) -> int:
+        """The first step of which trackers will be told: what they have of it is void."""
+        return self.step + 1 if self.step else 0
+
+    def _tell(self, values: dict[str, float]) -> None:
+        step = self.step
+        for guest in self._guests:
+            guest.tell(lambda tracker: tracker.scalars(step, values))
 
     def _agree(self, started: float) -> tuple[float, int]:
         """Share of the schedule that is done, and the signal to end, if any: alike on all ranks.
@@ -153,20 +187,28 @@ class Loop:
 
     def _report(self, progress: log.Progress) -> None:
         mean = float(mean_over(self._loss, self._ranks.data)) / self._since
+        costs = self._meter.read("step", self.step - self._measured)
+        self._measured = self.step
         self._loss.zero_()
         self._since = 0
         if not math.isfinite(mean):
             raise ValueError(f"the loss is {mean} at step {self.step}: lower optimizer.lr")
         progress.update(self.step, loss=mean)
-        append(self._curve, self._ranks, step=self.step, loss=mean, seconds=self._seconds)
+        values = {"loss": mean, "seconds": self._seconds, **costs}
+        append(self._curve, self._ranks, step=self.step, **values)
+        self._tell(values)
 
     def _show(self, *, last: bool) -> None:
         every = self._fitting.sample_every
         if self._sampler is None or not (last or self.step % every == 0):
             return
-        with self._learner.averaged():
-            scores = self._sampler.show(self._folder / f"samples_{self.step:06d}.png")
+        path, step = self._folder / f"samples_{self.step:06d}.png", self.step
+        with stage("evaluate"), self._learner.averaged():
+            scores = self._sampler.show(path)
         append(self._curve, self._ranks, step=self.step, **scores)
+        self._tell(scores)
+        for guest in self._guests:
+            guest.tell(lambda tracker: tracker.picture(step, "samples", path, ""))
         logger.info("step %d: %s", self.step, scores)
 
     def _save(self, *, last: bool) -> None:
@@ -178,8 +220,9 @@ class Loop:
             "data": self._stream.fingerprint(), "since": self._since,
             "loss": float(self._ranks.data.size * mean_over(self._loss, self._ranks.data)),
         }  # fmt: skip
-        self._saver.save(self.step, lambda: {**self._learner.sharded_state(), "run": run},
-                         last=last)  # fmt: skip
+        with stage("save"):
+            self._saver.save(self.step, lambda: {**self._learner.sharded_state(), "run": run},
+                             last=last)  # fmt: skip
 
 
 def append(path: Path, ranks: Ranks, **values: float) -> None:
@@ -207,6 +250,7 @@ def empty_text(config: PretrainConfig) -> Tensor:
 
 def check_recipe(config: PretrainConfig, ranks: Ranks) -> None:
     """ValueError for sizes that do not divide over these ranks."""
+    check_installed(config.log)
     check_layout(config.model, config.parallel, config.stream.block_frames)
     if config.fitting.batch_size % ranks.data.size:
         raise ValueError(

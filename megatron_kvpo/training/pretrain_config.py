@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_kvpo.config import (
     CheckpointConfig,
     CodecConfig,
+    LogConfig,
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
@@ -251,6 +252,8 @@ class PretrainConfig:
     fitting: FittingConfig = field(default_factory=FittingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    """Figures of curve.jsonl and samples in trackers. There is no report, nor are there groups."""
 
     def __post_init__(self) -> None:
         if self.model.fp8 and self.trained.mode == "full":

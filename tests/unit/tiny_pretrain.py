@@ -36,6 +36,7 @@ RECIPE: dict[str, Any] = {
                 "caption_noise": 0.0, "caption_drop": 0.25, "log_every": 2, "ema_decay": 0.9},
     "optimizer": {"lr": 1e-3, "eps": 1e-4, "warmup_updates": 2},
     "checkpoint": {"every": 0},
+    "log": {"wandb": "disabled", "costs": False},
 }  # fmt: skip
 """Latent frames of 16 tokens; a batch of four clips, two of them of two segments."""
 
