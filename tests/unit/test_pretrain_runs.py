@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 from megatron_kvpo.checkpoint.formats import open_checkpoint
 from tests.unit.tiny_pretrain import LORA, recipe, run
+
 
 
 def test_weights_that_a_run_leaves_begin_another_and_its_checkpoint_holds_both(tmp_path):
@@ -57,9 +61,29 @@ def test_a_checkpoint_of_other_data_another_seed_or_more_steps_is_refused(tmp_pa
 
 
 def test_no_average_takes_no_memory_and_leaves_the_last_weights(tmp_path):
-    found = run(recipe(tmp_path, "fitting.ema_decay=0", "fitting.schedule=constant"))
+    pytest.importorskip("tensorboard")
+    told = ["log.costs=true", "log.tensorboard=true", "log.peak_tflops=1"]
+    found = run(recipe(tmp_path, "fitting.ema_decay=0", "fitting.schedule=constant", *told))
     assert not [name for name in found.weights if name.startswith("slots.")]
     assert found.steps == 4
+    _check_what_is_told(tmp_path / "pretrain")
+
+
+def _check_what_is_told(folder: Path) -> None:
+    """The curve says what a step cost, and TensorBoard what the curve says."""
+    lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert 0 < line["time/forward_and_backward_s"] < line["time/step_s"]
+        assert line["speed/step_tokens_per_s"] > 0
+        assert line["speed/step_mfu"] == line["speed/step_tflops"] > 0
+        assert 2 * line["time/step_s"] < line["seconds"] + 1
+    from tensorboard.backend.event_processing import event_accumulator
+
+    events = event_accumulator.EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert set(events.Tags()["scalars"]) == lines[0].keys() - {"step"}
+    told = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert told == [(line["step"], pytest.approx(line["loss"])) for line in lines]
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_background_saves_leave_the_same_run(

@@ -97,6 +97,74 @@ def test_what_goes_on_elsewhere_is_kept_from_the_start_to_the_end_of_measuring()
     assert whole == Span("run", "other", 0, watch.seconds)
 
 
+def test_a_lap_is_what_came_since_the_last_one_and_leaves_the_stage_that_goes_on():
+    with Stopwatch() as watch, stage("outer"):
+        stopwatch.count(5, 1, needed_flops=4, tokens=3)
+        with stage("inner"):
+            time.sleep(0.01)
+        first = watch.lap()
+        time.sleep(0.01)
+        stopwatch.count(1, 1)
+        second = watch.lap()
+    outer = first["outer"]
+    assert (outer.flops, outer.passes, outer.needed_flops, outer.tokens) == (5, 1, 4, 3)
+    assert first["inner"].seconds >= 0.01
+    assert second.keys() == {"outer"}
+    assert second["outer"].flops == 1
+    assert second["outer"].seconds >= 0.01
+
+
+class Marks:
+    """In the place of torch.cuda.Event: a GPU that is behind its host, and gets its times late."""
+
+    now = 0.0
+    waited = 0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Marks.now
+
+    def synchronize(self):
+        Marks.waited += 1
+
+    def elapsed_time(self, other):
+        return 1000 * (other.at - self.at)
+
+
+def test_a_stopwatch_that_does_not_wait_reads_a_gpus_marks_once_a_lap(monkeypatch):
+    def work(seconds: float) -> None:
+        Marks.now += seconds
+
+    def fail() -> None:
+        pytest.fail("it waits for the GPU")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    monkeypatch.setattr(torch.cuda, "Event", Marks)
+    with Stopwatch(waits=False) as watch:
+        for _ in range(2):
+            work(1)
+            with stage("outer"):
+                work(2)
+                with stage("inner"):
+                    work(4)
+                work(8)
+            note_span("elsewhere", "work", 0.0, time.perf_counter())
+        first = watch.lap()
+        assert Marks.waited == 1
+        with stage("inner"):
+            work(16)
+        second = watch.lap()
+    assert {name: part.seconds for name, part in first.items()} == {
+        "other": 2, "outer": 20, "inner": 8,
+    }  # fmt: skip
+    assert {name: part.seconds for name, part in second.items()} == {"inner": 16}
+    assert not watch.spans, "they would fill the memory of a long run"
+
+
 @pytest.fixture
 def _turns_at_every_step():
     before = sys.getswitchinterval()
@@ -142,10 +210,13 @@ def test_the_count_is_that_of_the_operations_that_run(ranks):
     model = tiny.config.model
     stream = tiny.streamed(12)
     plain = sdpa_kernel(SDPBackend.MATH)  # torch counts products, not the CPU's fused attention
-    with FlopCounterMode(display=False) as counter, tiny.policy.acting("current"), plain:
+    watch, acting = Stopwatch(), tiny.policy.acting("current")
+    with watch, FlopCounterMode(display=False) as counter, acting, plain:
         stream.velocity(tiny.latents(3, name="noisy"), 0.5)
     tokens = 3 * model.tokens_per_frame
+    spent = watch.stages["other"]
     counted = pass_flops(model, tokens, 4 * tokens, lora_rank=4)
+    assert (spent.flops, spent.needed_flops, spent.tokens) == (counted, counted, tokens)
     assert counted < counter.get_total_flops() < 1.4 * counted
     layers = counter.get_flop_counts()["CausalWan.blocks.0"]
     assert sum(layers.values()) * model.num_layers == counted
