@@ -146,10 +146,10 @@ class Evaluator:
             Of each name, the file and what is to be seen.
         """
         group, folder = sampled.group, self._config.run_folder / "samples" / f"update_{update:06d}"
-        frames = _as_uint8(self._codec.decode_pixels(group.latent_NFCHW[list(rows.values())]))
         text, shown = "; then ".join(group.prompt.segments), {}
-        for (name, row), video in zip(rows.items(), frames, strict=True):
+        for name, row in rows.items():
             path = folder / f"{name}.mp4"
+            (video,) = _as_uint8(self._codec.decode_pixels(group.latent_NFCHW[row][None]))
             write_video(path, video, scale=_scale(video))
             seen = "" if row < 0 else f", branch {row}"
             shown[name] = path, f"{name}{seen}, fork {group.plan.fork_frame}: {text}"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_kvpo.config import ParallelConfig
+from megatron_kvpo.config import LogConfig, ParallelConfig
 from megatron_kvpo.model import fused
 from megatron_kvpo.parallel.groups import start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.rollout.sampler import extend
+from megatron_kvpo.stopwatch import count, stage
+from megatron_kvpo.training.metrics import Meter
 from tests.golden import test_longlive, test_memflow
 from tests.ranks import on_ranks
 from tests.unit import small
@@ -150,3 +153,25 @@ def test_energies_and_gradients_are_those_of_a_cpu(on_gpu, tmp_path):
         assert far(energy, wanted[0]) < 1e-4
         for name, gradient in gradients.items():
             assert far(gradient, wanted[1][name]) < 1e-3, name
+
+
+def test_a_meter_times_the_gpus_work_without_waiting_for_it(on_gpu):
+    meter = Meter(LogConfig(peak_tflops=1000.0), on_gpu.ranks)
+    large = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    (large @ large).sum().item()
+    with meter.running():
+        meter.read()
+        began = time.perf_counter()
+        with stage("replay"):
+            for _ in range(100):
+                large @ large
+            count(1.0, 1, needed_flops=100 * 2 * 8192.0**3, tokens=1.0)
+        with stage("step"):
+            pass
+        queued_s = time.perf_counter() - began
+        found = meter.read()
+        whole_s = time.perf_counter() - began
+    assert queued_s < 0.5 * found["time/replay_s"] < found["time/replay_s"] < whole_s
+    assert found["time/step_s"] < 0.1 * found["time/replay_s"]
+    assert 0.2 < found["speed/replay_mfu"] < 1
+    assert found["memory/peak_gib"] >= large.nbytes / 2**30

@@ -12,7 +12,6 @@ from megatron_kvpo.checkpoint.formats import open_checkpoint
 from tests.unit.tiny_pretrain import LORA, recipe, run
 
 
-
 def test_weights_that_a_run_leaves_begin_another_and_its_checkpoint_holds_both(tmp_path):
     made = run(recipe(tmp_path, "name=first", "checkpoint.every=4"))
     begun = run(recipe(tmp_path, "name=second", f"model.weights={made.written}", "fitting.steps=1"))

@@ -3,14 +3,18 @@
 import base64
 import io
 import re
+import types
 
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from megatron_kvpo.config import RunConfig
+from megatron_kvpo.records import Prompt
 from megatron_kvpo.training import report
+from megatron_kvpo.training.evaluate import SMALL, Evaluator
 from megatron_kvpo.training.filmstrips import (
     DPI,
     Filmstrips,
@@ -162,3 +166,17 @@ def test_a_grid_places_each_video_in_reading_order():
     assert page[0, 0, 6, 0] == 1
     assert page[1, 5, 0, 0] == 2
     assert page[0, 4, 0, 0] == page[0, 0, 5, 0] == page[0, 8, 10, 0] == 255
+
+
+def test_large_videos_of_an_evaluation_are_an_mp4_in_rows_as_they_are(tmp_path):
+    config = RunConfig(folder=tmp_path)
+    codec = types.SimpleNamespace(spatial_stride=8)
+    prompts = [Prompt(segments=(f"a red square {n}",), index=n) for n in range(4)]
+    evaluator = Evaluator(config, None, None, None, None, None, codec, prompts)
+    height, width = config.model.pixel_size(8)
+    assert width > SMALL
+    evaluator._save_strips(torch.rand(4, 2, 3, height, width), "before")
+    assert evaluator.video_path("before").suffix == ".mp4"
+    with av.open(str(evaluator.video_path("before"))) as container:
+        (video,) = container.streams.video
+        assert (video.height, video.width) == (2 * height, 3 * width)
