@@ -64,6 +64,9 @@ class Stopwatch:
     """For the GPU, wherever a stage begins or ends. False leaves marks in its stream instead, which
     are read by `lap` alone, and keeps no spans: for runs that go on as if nobody measured."""
 
+    opaque: frozenset[str] = frozenset()
+    """Stages to which those inside them are charged."""
+
     _inside: list[str] = field(default_factory=list)
     _marks: list[tuple[torch.cuda.Event, str]] = field(default_factory=list)
     """Where the GPU's work for a stage ends, and that stage."""
@@ -107,6 +110,8 @@ class Stopwatch:
 
     def _enter(self, name: str) -> None:
         self._charge()
+        if self._inside and self._inside[-1] in self.opaque:
+            name = self._inside[-1]
         self._inside.append(name)
         self.stages.setdefault(name, Stage())
 

@@ -41,8 +41,8 @@ logged, as the standard error of `reward/x`; names under `policy/` and `loss/` t
 _min, _max, _mean or _std share a panel.
 """
 
-ASIDE = ("evaluate", "save", "samples")
-"""Stages that are no part of an update. The line after them tells of them."""
+ASIDE = frozenset(("evaluate", "save", "samples"))
+"""Stages that are no part of an update, with what is inside them. The line after tells of them."""
 
 Scalar: TypeAlias = float | int | Tensor | np.floating[Any] | np.integer[Any]
 
@@ -185,7 +185,7 @@ class Meter:
         if not self._wanted or stopwatch.running():
             yield
             return
-        with Stopwatch(waits=False) as self._watch:
+        with Stopwatch(waits=False, opaque=ASIDE) as self._watch:
             try:
                 yield
             finally:

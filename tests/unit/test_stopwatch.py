@@ -53,6 +53,17 @@ def test_nothing_is_kept_when_nobody_measures_and_two_do_not_measure_at_once():
     assert not stopwatch.running()
 
 
+def test_what_is_inside_an_opaque_stage_is_charged_to_it():
+    with Stopwatch(waits=False, opaque=frozenset({"aside"})) as watch:
+        with stage("aside"), stage("decode"), stage("deeper"):
+            stopwatch.count(3, 1)
+        with stage("decode"):
+            stopwatch.count(4, 1)
+        found = watch.lap()
+    assert (found["aside"].flops, found["decode"].flops) == (3, 4)
+    assert "deeper" not in found
+
+
 def run_of(watch: Stopwatch) -> list[Span]:
     return [span for span in watch.spans if span.lane == "run"]
 
