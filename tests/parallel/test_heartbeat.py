@@ -108,7 +108,7 @@ def test_a_stopped_and_a_sleeping_rank_are_named_within_a_minute(tmp_path):
     assert "update 0, stage backward" in said["why"]
     stacks = [(tmp_path / f"sleeps/hang/rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
     assert "in come" in stacks[0], "where it sleeps"
-    assert " from training/optimizer.py" in stacks[1].splitlines()[0], "where it waits"
+    assert " from parallel/collect.py" in stacks[1].splitlines()[0], "where it waits"
 
 
 def _alarm(folder: Path) -> dict[str, object]:
