@@ -29,17 +29,16 @@ from megatron_kvpo.model.flops import pass_flops
 from megatron_kvpo.model.lora import SLOTS, adapters_of
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.model.specs import check_layout
-from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.model.weights import local_part, whole_shape
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import device_generator, noise
 from megatron_kvpo.parallel.transfer import indices
 from megatron_kvpo.rollout.sampler import block_noise, extend
 from megatron_kvpo.rollout.stream import Stream, new_world
-from megatron_kvpo.training.parts import build_codec
 from megatron_kvpo.training.policy import Policy
 from tools import benchmark_report, provenance
 from tools.benchmark import matmul_ceiling
+from tools.benchmark_decoding import decoding
 from tools.benchmark_kernels import (
     Call,
     call_times,
@@ -48,6 +47,7 @@ from tools.benchmark_kernels import (
     median,
     profile,
 )
+from tools.generate_output import decoding_device
 
 logger = log.get_logger("megatron_kvpo.tools.benchmark_passes")
 
@@ -73,9 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"policy.mode is {config.policy.mode}: passes are measured with adapters, set "
             "policy.mode to lora"
         )
+    if options.decode_on is not None and (config.codec.vae is None or not options.video):
+        raise ValueError("--decode-on is where --video decodes: give that and codec.vae")
     ranks = start_ranks(config.parallel, config.device)
     try:
         log.setup(is_first(ranks))
+        if options.decode_on is not None:
+            decoding_device(options.decode_on, ranks)
         found = measure(config, ranks, options)
         if is_first(ranks):
             write(found, options.output)
@@ -92,6 +96,7 @@ def measure(config: RunConfig, ranks: Ranks, options: argparse.Namespace) -> dic
     bench = Bench(
         config=config, ranks=ranks, policy=policy, warmup=options.warmup, repeats=options.repeats,
         ceiling=matmul_ceiling(ranks.device, config.model.torch_dtype),
+        decode_on=options.decode_on,
     )  # fmt: skip
     slot = None if options.slot == NO_SLOT else options.slot
     passes = []
@@ -195,6 +200,9 @@ class Bench:
     ceiling: float
     """TFLOP/s of a large matrix product."""
 
+    decode_on: str | None = None
+    """Another device, where a video's blocks are decoded while the next ones are made."""
+
     def measure(
         self, rows: int, slot: str | None, *, graph: bool, table: Path | None = None
     ) -> dict[str, Any]:
@@ -243,21 +251,12 @@ class Bench:
                             self.ceiling),
                  **_memory(device, "peak_memory_gib", torch.cuda.max_memory_allocated)}  # fmt: skip
         if self.config.codec.vae is not None:
-            found |= self._decoding(found["median_ms"])
+            following = lambda: extend(stream, draw, (0, 0)).clean  # noqa: E731
+            with self._acting(slot), torch.no_grad():
+                found |= decoding(self.config, self.ranks, self.decode_on, found["median_ms"],
+                                  following, self.warmup, self.repeats)  # fmt: skip
         logger.info("a block of %d forwards of one video: %.4g ms", forwards, found["median_ms"])
         return found
-
-    def _decoding(self, block_ms: float) -> dict[str, float]:
-        codec, stream = build_codec(self.config, self.ranks), self.config.stream
-        assert isinstance(codec, WanVae)
-        shape = (1, stream.block_frames, *self.config.model.frame_shape)
-        latent_BFCHW = noise(shape, _MODULE, "decode", device=self.ranks.device)
-        with codec.resident(self.ranks.device):
-            cache = codec.decode(latent_BFCHW)[1]
-            call: Call = lambda: codec.decode(latent_BFCHW, cache)  # noqa: E731
-            call_times(call, self.ranks.device, self.warmup)
-            taken = median(call_times(call, self.ranks.device, self.repeats))
-        return {"decode_ms": taken, "with_decode_ms": block_ms + taken}
 
     def flops(self, rows: int, slot: str | None, *, graph: bool) -> float:
         """Operations of a pass on this rank."""
@@ -313,8 +312,9 @@ def table(found: dict[str, Any]) -> str:
     for p in found["passes"]:
         if "decode_ms" in p:
             lines.append(
-                f"\nDecoding that block: {p['decode_ms']:.4g} ms, together "
-                f"{p['with_decode_ms']:.4g} ms."
+                f"\nDecoding that block: {p['decode_ms']:.4g} ms, "
+                f"{'on ' + p['decode_on'] + ' beside the next, ' if 'decode_on' in p else ''}"
+                f"together {p['with_decode_ms']:.4g} ms."
             )
     return "\n".join([*lines, *_floors(found["passes"])]) + "\n"
 
@@ -365,6 +365,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=10, help="that count")
     parser.add_argument("--warmup", type=int, default=3, help="that do not")
     parser.add_argument("--video", action="store_true", help="one video alone, block by block")
+    parser.add_argument("--decode-on", metavar="DEVICE", help="--video's VAE beside it: cuda:1")
     parser.add_argument("--profile", action="store_true", help="kernels of the last forward, .txt")
     return parser.parse_intermixed_args(arguments)
 

@@ -9,6 +9,7 @@
 
 The recipe gives the model, how it streams, and its files; `section.key=value` changes a setting.
 With --video its first latent frames begin the video, and the generator goes on from there.
+With --decode-on cuda:1 a second GPU decodes a block while the first makes the next.
 With --interactive each line typed becomes the prompt of the next block while the video goes on.
 Ctrl-C ends the video; what there is of it is kept. An output that ends in .safetensors holds the
 latents (latent_FCHW) and nothing is decoded; --record writes seconds a block and peak memory.
@@ -44,12 +45,12 @@ from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.model.weights import initialise
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import Prompt
-from megatron_kvpo.rollout.live import LiveVideo
+from megatron_kvpo.rollout.live import LiveDecoder, LiveVideo
 from megatron_kvpo.rollout.sampler import TextEncoder
 from megatron_kvpo.rollout.stream import World, new_world
 from megatron_kvpo.training.continuation import Beginnings
 from megatron_kvpo.training.parts import build_codec, build_encoder
-from tools.generate_output import Clock, find_output, record
+from tools.generate_output import Clock, decoding_device, find_output, record
 
 logger = log.get_logger("megatron_kvpo.tools.generate")
 
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         encode = remembered(find_encoder(config, options))
         encode(script.texts)  # an unknown word or a missing embedding shows before the first block
         latents_only = options.output.suffix == ".safetensors"
-        decoder = None if latents_only else Decoder(config, ranks)
+        decoder = None if latents_only else Decoder(config, ranks, options.decode_on)
         given = find_beginning(config, ranks, script, decoder)
         # Nothing is routed, so the cache keeps the window and no more.
         stream = dataclasses.replace(config.stream, num_frames=num_frames,
@@ -143,12 +144,17 @@ def run(
                     _switch(video, text)
             with clock.measure("block"):
                 frames = video.show(given.pop(0)) if given else video.next_block()
+            shown: Tensor | None = frames
             if decoder is not None:
                 with clock.measure("decode"):
-                    frames = decoder.next_pixels(frames)
+                    shown = decoder.live.next_pixels(frames)
             if not isinstance(output, nullcontext):
-                output.write(frames)
+                if shown is not None:
+                    output.write(shown)
                 progress.update(video.frame, fps=output.num_frames / clock.elapsed)
+        rest = None if decoder is None else decoder.live.last_pixels()
+        if rest is not None and not isinstance(output, nullcontext):
+            output.write(rest)
     video.close()
     if not isinstance(output, nullcontext):
         kind = "latent" if decoder is None else "pixel"
@@ -246,14 +252,18 @@ def remembered(encode: TextEncoder) -> TextEncoder:
 
 
 class Decoder(AbstractContextManager["Decoder"]):
-    """Blocks of latents to pixel frames, as they come. Wan's VAE, or the shapes codec."""
+    """The recipe's codec on its device: Wan's VAE, or the shapes codec."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks) -> None:
-        self._cache: Any = None
+    def __init__(self, config: RunConfig, ranks: Ranks, place: str | None = None) -> None:
+        """`place`: a device for the VAE alone. ValueError if there is none, or nothing to place."""
         self.codec = build_codec(config, ranks)
+        device = ranks.device if place is None else decoding_device(place, ranks)
         self._resident: AbstractContextManager[None] = nullcontext()
         if isinstance(self.codec, WanVae):
-            self._resident = self.codec.resident(ranks.device)
+            self._resident = self.codec.resident(device)
+        elif place is not None:
+            self.codec.to(device)
+        self.live = LiveDecoder(self.codec, device, beside=place is not None)
 
     def __enter__(self) -> Decoder:
         self._resident.__enter__()
@@ -261,11 +271,6 @@ class Decoder(AbstractContextManager["Decoder"]):
 
     def __exit__(self, *error: Any) -> None:
         self._resident.__exit__(*error)
-
-    def next_pixels(self, latent_BFCHW: Tensor) -> Tensor:
-        """Pixel frames [F, 3, H, W] in [0, 1] of the next latents of one video."""
-        video_BCFHW, self._cache = self.codec.decode(latent_BFCHW, self._cache)
-        return (video_BCFHW[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1)
 
 
 class Lines:
@@ -314,6 +319,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", type=int, help="latent frames; default: stream.num_frames")
     parser.add_argument("--weights", type=Path, help="any form that convert_checkpoint reads")
     parser.add_argument("--adapter", type=Path, help="PEFT folder, lora.pt or a run's checkpoint")
+    parser.add_argument("--decode-on", metavar="DEVICE", help="the VAE beside it, on cuda:1 say")
     parser.add_argument("--vae", type=Path, help="Wan's folder; default: codec.vae")
     parser.add_argument("--text-encoder", type=Path, help="Wan's folder, for umT5")
     parser.add_argument("--embeddings", type=Path, help="default: data.embeddings")

@@ -32,6 +32,23 @@ def find_output(options: argparse.Namespace) -> VideoWriter | LatentWriter:
     return VideoWriter(options.output, options.fps, options.scale)
 
 
+def decoding_device(place: str, ranks: Ranks) -> torch.device:
+    """Where --decode-on has the VAE. ValueError for no device, one that is not there, or ranks."""
+    if ranks.world > 1:
+        raise ValueError(
+            f"--decode-on {place} is for one process, this one is of {ranks.world}: leave it out, "
+            "then every rank decodes on its own device"
+        )
+    try:
+        device = torch.device(place)
+    except RuntimeError as error:
+        raise ValueError(f"--decode-on {place} names no device: cuda:1, say") from error
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"--decode-on {place}: there are {count} CUDA devices here")
+    return device
+
+
 class LatentWriter:
     """Clean latents of one video, written when it is closed: `latent_FCHW`."""
 

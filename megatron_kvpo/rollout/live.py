@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -87,3 +90,45 @@ class LiveVideo:
 
     def _text(self, prompt: str) -> TextKeys:
         return encode_texts(self._world.model, self._encode, [prompt])
+
+
+class LiveDecoder:
+    """Pixels of one video as its latents come, on the generator's device or beside it on another.
+
+    With a device of its own the decoder gives each block one call late: it decodes while the next
+    block is made, and a block takes as long as the slower of the two.
+    """
+
+    def __init__(self, codec: Any, device: torch.device, *, beside: bool = False) -> None:
+        """`codec`: a WanVae or ShapesCodec, whose weights are there. `beside`: another device."""
+        self._codec, self._device, self._beside = codec, device, beside
+        self._cache: Any = None
+        self._waiting: Tensor | None = None
+
+    @torch.no_grad()
+    def next_pixels(self, latent_BFCHW: Tensor) -> Tensor | None:
+        """Pixel frames [F, 3, H, W] in [0, 1] of these latents.
+
+        Beside the generator those of the call before, in host memory; None at the first.
+        """
+        done = self.last_pixels()
+        with self._chosen():
+            latent_BFCHW = latent_BFCHW.to(self._device, non_blocking=True)
+            video_BCFHW, self._cache = self._codec.decode(latent_BFCHW, self._cache)
+            pixels_FCHW: Tensor = (video_BCFHW[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1)
+        if not self._beside:
+            return pixels_FCHW
+        self._waiting = pixels_FCHW
+        return done
+
+    def last_pixels(self) -> Tensor | None:
+        """What the last call has left behind, waited for."""
+        done, self._waiting = self._waiting, None
+        if done is None:
+            return None
+        with self._chosen():  # before more is asked of the device: a copy waits for that, too
+            return done.cpu()
+
+    def _chosen(self) -> AbstractContextManager[object]:
+        cuda = self._device.type == "cuda"
+        return torch.cuda.device(self._device) if cuda else nullcontext()

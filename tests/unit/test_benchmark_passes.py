@@ -89,9 +89,26 @@ def test_the_bare_base_computes_no_adapters_and_nothing_else_is_written(tmp_path
     assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json", ".md"]
 
 
+def test_a_video_is_decoded_after_its_blocks_or_beside_them(tmp_path):
+    from tests.unit.test_wan_vae import tiny
+
+    latents = load_config(RECIPE).model.latent_channels
+    tiny(z_dim=latents, latents_mean=[0.0] * latents, latents_std=[1.0] * latents).save_pretrained(
+        tmp_path / "vae"
+    )
+    video = ["--rows", "", "--video", f"codec.vae={tmp_path / 'vae'}", *FAST]
+    (after,) = run(tmp_path / "after.json", *video)["passes"]
+    assert after["with_decode_ms"] == pytest.approx(after["median_ms"] + after["decode_ms"])
+    (beside,) = run(tmp_path / "beside.json", *video, "--decode-on", "cpu")["passes"]
+    assert beside["decode_on"] == "cpu"
+    assert beside["with_decode_ms"] > max(beside["min_ms"], beside["decode_ms"]) / 2
+    assert "ms, on cpu beside the next, together" in (tmp_path / "beside.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--video", "--decode-on", "cuda:1"], r"give that and codec.vae"),
         (["--rows", "1,0"], r"--rows \[1, 0\]: a pass has at least 1 row"),
         (["--backward", "-1"], r"--backward \[-1\]: a pass has at least 1 row"),
         (["--rows", ""], r"--rows is empty"),

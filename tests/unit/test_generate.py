@@ -47,6 +47,13 @@ def test_a_switch_turns_red_into_blue(tmp_path):
     assert late[2] > 150 > late[0]
 
 
+def test_a_decoder_beside_the_generator_shows_the_same_video(tmp_path):
+    video = make(tmp_path, "--prompt", RED, "--frames", "9")
+    assert np.array_equal(make(tmp_path, "--prompt", RED, "--frames", "9", "--decode-on", "cpu"),
+                          video)  # fmt: skip
+    assert len(video) == 33
+
+
 def test_a_line_of_a_prompt_file_brings_its_switches_and_frames_may_be_fewer(tmp_path):
     file = tmp_path / "prompts.jsonl"
     lines = [{"segments": [BLUE]}, {"segments": [RED, BLUE], "switch_frames": [9]}]
@@ -77,6 +84,8 @@ def test_lines_that_are_typed_become_the_prompt_of_the_next_block(tmp_path, monk
         (["--prompt", RED, "--switch", "9"], r"1 prompts need 0 switch frames, 1 are given"),
         (["--prompt", RED, "--prompt", BLUE, "--switch", "10"], r"\[10\] must .* multiples of 3"),
         (["--prompt", RED, "--frames", "20"], r"--frames 20 must be a multiple of 3"),
+        (["--prompt", RED, "--decode-on", "here"], r"--decode-on here names no device"),
+        (["--prompt", RED, "--decode-on", "cuda:9"], r"--decode-on cuda:9: there are \d+ CUDA"),
         (["--prompt", "a red elephant"], r"unknown word 'elephant'"),
         (["--prompt", RED, "--weights", "nowhere.safetensors"], r"nowhere.safetensors"),
         (["--prompts", "examples/shapes/prompts_dev.jsonl", "--line", "99"], r"lines 0 to 31"),
