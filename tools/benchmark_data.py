@@ -46,6 +46,9 @@ _ENCODERS = {
 }  # fmt: skip
 """Key frames every two seconds and bit rates as they are common at 720p."""
 
+_REORDERED = 8
+"""Pixel frames by which a file's index, in the order of decoding, may be off from what is shown."""
+
 Read = Callable[[FileClip], Tensor]
 
 
@@ -191,13 +194,14 @@ def _others(options: argparse.Namespace) -> dict[str, Read]:
 
 def _by_pyav(clip: FileClip) -> Tensor:
     """Seek, decode, convert and resize with PyAV on this thread, normalise with torch."""
-    wanted = set(clip.file.pts[clip.frames].tolist())
+    pts = clip.file.pts
+    wanted, ahead = set(pts[clip.frames].tolist()), _REORDERED * int(pts[1] - pts[0])
     last, reformatter, found = max(wanted), VideoReformatter(), []
     height, width = clip.size
     with av.open(str(clip.file.path)) as container:
         stream: Any = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        container.seek(min(wanted), stream=stream, backward=True)
+        container.seek(max(0, min(wanted) - ahead), stream=stream, backward=True)
         for frame in container.decode(stream):
             if frame.pts in wanted:
                 rgb = reformatter.reformat(
