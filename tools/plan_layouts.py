@@ -13,6 +13,7 @@ from megatron_kvpo.model import eight_bits
 from megatron_kvpo.model.specs import check_layout
 from megatron_kvpo.parallel.groups import check_sizes
 from megatron_kvpo.records import Prompt
+from megatron_kvpo.training.parts import check_branches
 from tools import topology as topology_files
 from tools.plan_memory import Memory, Place, memory, weights_of
 
@@ -128,11 +129,7 @@ def illegal(config: RunConfig, topology: Machines, layout: Layout) -> str | None
     parallel = layout.parallel
     try:
         check_layout(config.model, parallel, config.stream.block_frames)
-        if config.routing.num_branches < parallel.branch:
-            raise ValueError(
-                f"parallel.branch {parallel.branch} exceeds routing.num_branches "
-                f"{config.routing.num_branches}"
-            )
+        check_branches(config.routing, parallel)
         share(range(config.policy.groups_per_update), 0, layout.data)
         for weight in weights_of(config) if config.model.fp8 else ():
             if weight.layer and weight.family in config.model.fp8:

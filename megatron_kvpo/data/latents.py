@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_kvpo.data.clips import Schedule
 from megatron_kvpo.data.encoding import EncodingSpec
 from megatron_kvpo.data.latent_files import AGAIN, Line, checksum, latent_name, read_manifest
-from megatron_kvpo.data.prompts import permutation
 from megatron_kvpo.data.video import read_ahead
 from megatron_kvpo.model.umt5 import padded
 from megatron_kvpo.records import LatentBatch
@@ -36,12 +36,7 @@ def check_shared(batch_size: int, rank: int, world_size: int) -> None:
 
 
 class ClipOrder:
-    """Which clips a global step takes: a pure function of (seed, step, global batch).
-
-    A bucket's clips, all of one shape, follow each other in one seeded permutation after another,
-    and a batch takes the next `batch_size` of them. Buckets take turns by their sizes, in rounds
-    that are shuffled too.
-    """
+    """Which clips a data rank takes: clips.Schedule over buckets of one shape each."""
 
     def __init__(
         self, buckets: Mapping[Any, Sequence[int]], *, batch_size: int, seed: int, rank: int = 0,
@@ -49,36 +44,16 @@ class ClipOrder:
     ) -> None:  # fmt: skip
         """`batch_size` is that of all ranks. ValueError for none, or one that they cannot share."""
         check_shared(batch_size, rank, world_size)
-        self.batch_size, self.seed, self.rank, self.world_size = batch_size, seed, rank, world_size
-        self._buckets = [list(buckets[key]) for key in sorted(buckets)]
-        self._turns = [
-            bucket
-            for bucket, clips in enumerate(self._buckets)
-            for _ in range(max(1, round(len(clips) / batch_size)))
-        ]
-        self._orders: OrderedDict[tuple[str | int, ...], list[int]] = OrderedDict()
+        self.seed = seed
+        named = [(i, clip) for i, key in enumerate(sorted(buckets)) for clip in buckets[key]]
+        self._clips = [clip for _, clip in named]
+        self._schedule = Schedule([bucket for bucket, _ in named], batch_size, seed, shuffle=True)
+        each = batch_size // world_size
+        self._own = slice(rank * each, (rank + 1) * each)
 
     def clips_of(self, step: int) -> list[int]:
         """This rank's contiguous share of a global step's clips."""
-        cycle, place = divmod(step, len(self._turns))
-        turns = [self._turns[i] for i in self._order(len(self._turns), "turns", cycle)]
-        bucket = turns[place]
-        batch = cycle * turns.count(bucket) + turns[:place].count(bucket)
-        clips, each = self._buckets[bucket], self.batch_size // self.world_size
-        first = batch * self.batch_size + self.rank * each
-        return [
-            clips[self._order(len(clips), bucket, epoch)[position]]
-            for epoch, position in (divmod(i, len(clips)) for i in range(first, first + each))
-        ]
-
-    def _order(self, size: int, *what: str | int) -> list[int]:
-        """A remembered permutation."""
-        if what not in self._orders:
-            self._orders[what] = permutation(size, "latents", self.seed, *what)
-            if len(self._orders) > 2 * len(self._buckets) + 2:
-                self._orders.popitem(last=False)
-        self._orders.move_to_end(what)
-        return self._orders[what]
+        return [self._clips[place] for place, _ in self._schedule.step(step)[self._own]]
 
 
 class LatentCache:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from megatron_kvpo.config import CodecConfig, ModelConfig, RunConfig
+from megatron_kvpo.config import (
+    CodecConfig,
+    ModelConfig,
+    ParallelConfig,
+    RoutingConfig,
+    RunConfig,
+)
 from megatron_kvpo.data.embeddings import EmbeddingCache
 from megatron_kvpo.data.prompts import check_prompts, load_prompts
 from megatron_kvpo.model.codec import ShapesCodec, load_codec
@@ -90,6 +96,15 @@ def connect_judges(config: RunConfig, ranks: Ranks) -> list[RemoteReward]:
     return connect(reward.service, names, device=ranks.device, recipe=config)
 
 
+def check_branches(routing: RoutingConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError for more branch ranks than branches."""
+    if routing.num_branches < parallel.branch:
+        raise ValueError(
+            f"parallel.branch {parallel.branch} exceeds routing.num_branches "
+            f"{routing.num_branches}: some ranks would have no branch"
+        )
+
+
 def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of a recipe, after the checks that need no ranks.
 
@@ -99,11 +114,7 @@ def check_run(config: RunConfig) -> tuple[list[Prompt], list[Prompt]]:
     check_installed(config.log)
     check_layout(config.model, config.parallel, config.stream.block_frames)
     legal_forks(config.stream, config.routing)
-    if config.routing.num_branches < config.parallel.branch:
-        raise ValueError(
-            f"parallel.branch {config.parallel.branch} exceeds routing.num_branches "
-            f"{config.routing.num_branches}: some ranks would have no branch"
-        )
+    check_branches(config.routing, config.parallel)
     prompts = load_prompts(config.data.prompts)
     check_prompts(prompts, config.stream)
     for given, index in {p.video_frames: p.index for p in reversed(prompts)}.items():
