@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -282,8 +283,8 @@ def load(
         `tree`, with loaded tensors in place of ShardedTensors, and the saved plain objects.
 
     Raises:
-        ValueError: there is no whole checkpoint at `path`, it lacks a tensor of `tree`, or a file
-            of it cannot be read.
+        ValueError: there is no whole checkpoint at `path`, it lacks a tensor of `tree`, a file of it
+            cannot be read, or a later megatron-core wrote it than is here.
     """
     check_whole(path)
     if not checked and (faults := damage_of(path, ranks)):
@@ -291,6 +292,13 @@ def load(
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
+    apart = not hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists")
+    if apart and not (path / "common.pt").is_file():
+        raise ValueError(
+            f"checkpoint {path} has no common.pt: megatron-core 0.19 wrote it, or another that "
+            f"keeps such things among the tensors, and {version('megatron-core')} reads none of "
+            "these. Resume with the later one, which reads both"
+        )
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(tree, str(path), strict="raise_unexpected")
     except (CheckpointingException, CheckpointException) as error:

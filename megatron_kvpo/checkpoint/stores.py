@@ -6,6 +6,7 @@ for. Pickles are read by torch.load(weights_only=True) alone.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,14 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 
 from megatron_kvpo.checkpoint import state
@@ -26,6 +33,8 @@ Cut = tuple[int, int, int] | None
 
 _SECTIONS = ("generator_ema", "generator", "generator_lora", "model", "state_dict")
 """Where trainers put the generator in a .pt file; the first of them is read."""
+
+_COMMON_FILE, _COMMON_KEY = "common.pt", "common_state"
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -162,6 +171,17 @@ class _Reader(FileSystemReader):
         return self._table
 
 
+class _Bytes(DefaultLoadPlanner):
+    """Leaves what is no tensor as it was written: torch's own planner would unpickle anything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[str, io.BytesIO] = {}
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.read[read_item.dest_index.fqn] = value
+
+
 class DistributedStore:
     """A checkpoint of ours, read by one process."""
 
@@ -174,10 +194,24 @@ class DistributedStore:
             for name, entry in table.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        common = path / "common.pt"
-        self.common: dict[str, Any] = (
-            torch.load(common, weights_only=True) if common.is_file() else {}
-        )
+        self.common = self._common(path, table)
+        """What the checkpoint holds besides."""
+
+    def _common(self, path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
+        """From a file of its own (megatron-core 0.16) or from among the tensors (0.19)."""
+        if (path / _COMMON_FILE).is_file():
+            alone: dict[str, Any] = torch.load(path / _COMMON_FILE, weights_only=True)
+            return alone
+        names = [name for name, entry in table.items() if isinstance(entry, BytesStorageMetadata)]
+        name = next((name for name in names if name.split("/")[0] == _COMMON_KEY), None)
+        if name is None:
+            return {}
+        planner = _Bytes()
+        read_tensors({name: io.BytesIO()}, storage_reader=self._reader, planner=planner,
+                     no_dist=True)  # fmt: skip
+        (found,) = torch.load(planner.read[name], weights_only=True)
+        among: dict[str, Any] = found
+        return among
 
     def read(self, name: str, cut: Cut = None) -> Tensor:
         """See Store. Reads the whole tensor's file parts first."""

@@ -57,6 +57,8 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
     tree = Tiny(alone, seed=0).sharded()
     first, second = (save(tmp_path, step, dict(tree), alone, keep=3) for step in (1, 2))
     assert newest_sound(tmp_path, alone) == second
+    if not (second / name).exists():
+        pytest.skip("from megatron-core 0.19 on it is among the tensors")
     harm(second / name)
     with pytest.raises(ValueError, match=r"step_00000002 (cannot be read|lacks)"):
         load(second, dict(tree), alone)
@@ -64,10 +66,21 @@ def test_damage_to_any_file_is_named_and_the_one_before_is_used(
         logging.getLogger("megatron_kvpo").propagate = True
         assert newest_sound(tmp_path, alone) == first
     assert "step_00000002 is damaged" in caplog.text
-    assert name in caplog.text
+    assert name in caplog.text or (harm, name) == (_flip, NAME)  # the sum of another file, say
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "latest.json", "step_00000001", "step_00000002.damaged",
     ]  # fmt: skip
+
+
+def test_a_checkpoint_of_a_later_megatron_is_told_from_a_damaged_one(alone, tmp_path):
+    tree = Tiny(alone, seed=0).sharded()
+    path = save(tmp_path, 1, dict(tree), alone, keep=1)
+    if not (path / "common.pt").exists():
+        pytest.skip("this megatron-core is the later one")
+    (path / "common.pt").unlink()
+    (path / NAME).unlink()  # as if it had been written so
+    with pytest.raises(ValueError, match=r"has no common.pt: .* reads none of these"):
+        load(path, dict(tree), alone)
 
 
 def test_when_all_are_damaged_nothing_is_renamed_and_the_run_does_not_start_anew(alone, tmp_path):
@@ -214,7 +227,7 @@ def test_one_and_four_ranks_go_on_from_two_and_from_the_one_before_a_damaged_one
     (whole,) = run_jobs(recipe, [Job("whole", every)], 120)
     assert whole.codes == [0, 0]
     _flip(tmp_path / "whole/checkpoints/step_00000003/__0_0.distcp")
-    _cut(tmp_path / "whole/checkpoints/step_00000002/common.pt")
+    _cut(tmp_path / "whole/checkpoints/step_00000002/__0_0.distcp")
     for name in ("one", "four"):
         shutil.copytree(tmp_path / "whole", tmp_path / name)
     jobs = [Job("one", every, world=1), Job("four", [*every, "parallel.branch=2"], world=4)]
@@ -222,7 +235,7 @@ def test_one_and_four_ranks_go_on_from_two_and_from_the_one_before_a_damaged_one
         assert outcome.codes == [0] * job.world, outcome.errors
         assert outcome.first_update == 1
         assert "step_00000003 is damaged: __0_0.distcp holds other bytes" in outcome.errors
-        assert "step_00000002 is damaged: common.pt has" in outcome.errors
+        assert "step_00000002 is damaged: __0_0.distcp has" in outcome.errors
         groups = [
             [(line["update"], line["prompt"], line["fork"]) for line in read_jsonl(folder)]
             for folder in (tmp_path / n / "rewards.jsonl" for n in ("whole", job.name))
