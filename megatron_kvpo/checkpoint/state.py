@@ -283,8 +283,8 @@ def load(
         `tree`, with loaded tensors in place of ShardedTensors, and the saved plain objects.
 
     Raises:
-        ValueError: there is no whole checkpoint at `path`, it lacks a tensor of `tree`, a file of it
-            cannot be read, or a later megatron-core wrote it than is here.
+        ValueError: there is no whole checkpoint at `path`, it lacks a tensor of `tree`, a file
+            of it cannot be read, or a later megatron-core wrote it than is here.
     """
     check_whole(path)
     if not checked and (faults := damage_of(path, ranks)):
