@@ -231,7 +231,7 @@ def test_the_command_writes_what_it_found_and_ends_with_1_if_something_failed(tm
     record = json.loads((tmp_path / "found.json").read_text())
     status = {check["name"]: check["status"] for check in record["checks"]}
     assert (status["all-reduce"], status["one update"]) == ("left out", "ok")
-    assert record["ranks"][0]["versions"]["torch"] == torch.__version__
+    assert record["ranks"][0]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "FAIL      checkpoint folder" in done.stderr
 
 
