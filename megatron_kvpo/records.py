@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -194,6 +195,10 @@ class Energies(NamedTuple):
 
     velocities: tuple[Tensor, ...] = ()
     """velocity_NPTFCHW of all sequences, one tensor a group, if they were to be kept."""
+
+    def energy_N(self, place: int) -> Tensor:
+        """Of one group's branches, the anchor's last."""
+        return torch.cat([self.branch_PG[place], self.anchor_P[place : place + 1]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.parallel.seeds import noise
+from megatron_kvpo.parallel.transfer import current
 from megatron_kvpo.rollout.live import LiveDecoder
 from megatron_kvpo.training.parts import build_codec
 from tools.benchmark_kernels import Call, call_times, median
@@ -42,9 +41,8 @@ def decoding(
     device = ranks.device if decode_on is None else decoding_device(decode_on, ranks)
     shape = (1, config.stream.block_frames, *config.model.frame_shape)
     latent_BFCHW = noise(shape, _MODULE, "decode", device=device)
-    chosen = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with codec.resident(device):
-        with chosen:
+        with current(device):
             cache = codec.decode(latent_BFCHW)[1]
             call: Call = lambda: codec.decode(latent_BFCHW, cache)  # noqa: E731
             call_times(call, device, warmup)

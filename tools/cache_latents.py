@@ -14,11 +14,10 @@ in rejected.jsonl.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from megatron_kvpo.data.latent_files import (
     missing_shards,
 )
 from megatron_kvpo.data.sources import VideoSource
+from megatron_kvpo.data.video import read_ahead
 from megatron_kvpo.model.umt5 import UMT5Encoder, load_umt5
 from megatron_kvpo.model.wan_vae import WanVae
 from megatron_kvpo.training.parts import build_encoder, codec_on
@@ -134,19 +134,12 @@ class Encoder:
 
     def _decoded(self, clips: Sequence[VideoClip]) -> Iterator[Decoded | str]:
         """Each clip's pixels, or why there are none; some are decoded ahead."""
-
-        def enter() -> None:
-            if self._device.type == "cuda":
-                torch.cuda.set_device(self._device)
-
         at_once = self._options.threads
-        parts = [clips[n : n + at_once] for n in range(0, len(clips), at_once)]
-        with ThreadPoolExecutor(1, initializer=enter) as pool:
-            waiting = deque(pool.submit(self._set.decode, part) for part in parts[:2])
-            for number in range(len(parts)):
-                found = waiting.popleft().result()
-                waiting.extend(pool.submit(self._set.decode, p) for p in parts[number + 2 :][:1])
-                yield from found
+        read = read_ahead(
+            lambda n: self._set.decode(clips[n * at_once : (n + 1) * at_once]), 0, 2, self._device
+        )
+        for found in itertools.islice(read, -(-len(clips) // at_once)):
+            yield from found
 
     def _add(
         self, shard: Shard, clip: VideoClip, decoded: Decoded | str, texts: dict[str, Tensor]

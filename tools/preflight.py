@@ -152,27 +152,14 @@ def join(config: RunConfig) -> tuple[torch.device, probes.Group]:
 
     ValueError: as many ranks cannot be divided by the recipe's layout, or no device is left.
     """
-    from megatron_kvpo.parallel.groups import check_sizes
+    from megatron_kvpo.parallel.groups import check_sizes, choose_device, start_processes
 
     check_sizes(int(os.environ.get("WORLD_SIZE", "1")), config.parallel)
-    device = torch.device("cpu")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device is cuda and torch sees 0 CUDA devices: set device to cpu or auto")
-    if config.device != "cpu" and torch.cuda.is_available():
-        number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if number >= there:
-            raise ValueError(f"local rank {number} has no device of its own: {there} CUDA devices "
-                             "are visible; start at most that many ranks per machine")  # fmt: skip
-        device = torch.device("cuda", number)
+    device = choose_device(config.device)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.parallel.timeout_s)
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            store = dist.HashStore()
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+    start_processes(device, timeout)
     return device, dist.new_group(backend="gloo", timeout=timeout)
 
 

@@ -34,6 +34,9 @@ from megatron_kvpo.parallel.groups import Ranks, is_first
 logger = get_logger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
+COMMON_FILE = "common.pt"
+"""Where megatron-core 0.16 keeps what is no tensor."""
+
 _NEEDED = ("metadata.json", ".metadata")
 """Megatron's marker, written last, and torch's table of tensors."""
 
@@ -293,9 +296,9 @@ def load(
     from megatron.core.dist_checkpointing.core import CheckpointingException
 
     apart = not hasattr(dist_checkpointing.serialization, "_legacy_common_state_exists")
-    if apart and not (path / "common.pt").is_file():
+    if apart and not (path / COMMON_FILE).is_file():
         raise ValueError(
-            f"checkpoint {path} has no common.pt: megatron-core 0.19 wrote it, or another that "
+            f"checkpoint {path} has no {COMMON_FILE}: megatron-core 0.19 wrote it, or another that "
             f"keeps such things among the tensors, and {version('megatron-core')} reads none of "
             "these. Resume with the later one, which reads both"
         )

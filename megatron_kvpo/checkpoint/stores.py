@@ -17,11 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load as read_tensors
 
@@ -34,7 +30,8 @@ Cut = tuple[int, int, int] | None
 _SECTIONS = ("generator_ema", "generator", "generator_lora", "model", "state_dict")
 """Where trainers put the generator in a .pt file; the first of them is read."""
 
-_COMMON_FILE, _COMMON_KEY = "common.pt", "common_state"
+_COMMON_KEY = "common_state"
+"""Before the slash of its name where megatron-core 0.19 keeps what is no tensor."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -199,11 +196,10 @@ class DistributedStore:
 
     def _common(self, path: Path, table: Mapping[str, Any]) -> dict[str, Any]:
         """From a file of its own (megatron-core 0.16) or from among the tensors (0.19)."""
-        if (path / _COMMON_FILE).is_file():
-            alone: dict[str, Any] = torch.load(path / _COMMON_FILE, weights_only=True)
+        if (path / state.COMMON_FILE).is_file():
+            alone: dict[str, Any] = torch.load(path / state.COMMON_FILE, weights_only=True)
             return alone
-        names = [name for name, entry in table.items() if isinstance(entry, BytesStorageMetadata)]
-        name = next((name for name in names if name.split("/")[0] == _COMMON_KEY), None)
+        name = next((name for name in table if name.split("/")[0] == _COMMON_KEY), None)
         if name is None:
             return {}
         planner = _Bytes()

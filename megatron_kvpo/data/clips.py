@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from megatron_kvpo.data.probe import VideoFile
 from megatron_kvpo.data.sources import Segment
 from megatron_kvpo.parallel.seeds import generator
 from megatron_kvpo.world import pixel_start
+
+T = TypeVar("T")
 
 STARTS = ("random", "scene")
 _NEAR_S = 1e-3
@@ -214,6 +217,12 @@ def untold(file: VideoFile) -> str | None:
         return "no caption is given"
     empty = [number for number, part in enumerate(file.segments) if not part.text.strip()]
     return f"the text of segment {empty[0]} is empty" if empty else None
+
+
+def rank_share(rows: Sequence[T], rank: int, world_size: int) -> list[T]:
+    """A data rank's contiguous share of a global step's rows."""
+    each = len(rows) // world_size
+    return list(rows[rank * each : (rank + 1) * each])
 
 
 class Schedule:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_kvpo.data.clips import Schedule
+from megatron_kvpo.data.clips import Schedule, rank_share
 from megatron_kvpo.data.encoding import EncodingSpec
 from megatron_kvpo.data.latent_files import AGAIN, Line, checksum, latent_name, read_manifest
 from megatron_kvpo.data.video import read_ahead
@@ -48,12 +48,12 @@ class ClipOrder:
         named = [(i, clip) for i, key in enumerate(sorted(buckets)) for clip in buckets[key]]
         self._clips = [clip for _, clip in named]
         self._schedule = Schedule([bucket for bucket, _ in named], batch_size, seed, shuffle=True)
-        each = batch_size // world_size
-        self._own = slice(rank * each, (rank + 1) * each)
+        self._rank, self._world_size = rank, world_size
 
     def clips_of(self, step: int) -> list[int]:
         """This rank's contiguous share of a global step's clips."""
-        return [self._clips[place] for place, _ in self._schedule.step(step)[self._own]]
+        rows = rank_share(self._schedule.step(step), self._rank, self._world_size)
+        return [self._clips[place] for place, _ in rows]
 
 
 class LatentCache:

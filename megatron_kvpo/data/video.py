@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from megatron_kvpo.data.clips import ClipSpec, FileClip, Schedule, cut, untold
+from megatron_kvpo.data.clips import ClipSpec, FileClip, Schedule, cut, rank_share, untold
 from megatron_kvpo.data.graph import Backend, Decoder
 from megatron_kvpo.data.probe import (
     Failures,
@@ -126,7 +126,7 @@ class VideoPipeline:
             self.position = place
             if number == len(steps) - 1:
                 self.epoch_number, self.position = epoch + 1, 0
-            mine = self._share(step)
+            mine = rank_share(step, self.rank, self.world_size)
             if mine:
                 yield self._batch([(row, epoch) for row in mine])
 
@@ -143,11 +143,7 @@ class VideoPipeline:
         return read_ahead(self._step, step, _AHEAD, device)
 
     def _step(self, step: int) -> VideoBatch:
-        return self._batch(self._share(self._schedule.step(step)))
-
-    def _share(self, step: Sequence[T]) -> list[T]:
-        each = len(step) // self.world_size
-        return list(step[self.rank * each : (self.rank + 1) * each])
+        return self._batch(rank_share(self._schedule.step(step), self.rank, self.world_size))
 
     def _batch(self, rows: Sequence[tuple[int, int]]) -> VideoBatch:
         """Decode (file, epoch) rows. A file that fails is replaced by another of its bucket."""

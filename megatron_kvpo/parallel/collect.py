@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_kvpo.parallel.groups import Axis
+from megatron_kvpo.parallel.groups import Axis, Ranks
 
 T = TypeVar("T")
 
@@ -133,6 +133,15 @@ def mean_over(x: Tensor, axis: Axis) -> Tensor:
         dist.all_reduce(total, group=axis.group)
         total /= axis.size
     return total
+
+
+def largest(values: Sequence[float], ranks: Ranks) -> list[float]:
+    """The largest of each number that any rank has, on every rank. Collective over all."""
+    told = torch.tensor(values, dtype=torch.float64, device=ranks.device)
+    if ranks.world > 1:
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+    found: list[float] = told.tolist()
+    return found
 
 
 def broadcast_object(value: T, axis: Axis) -> T:

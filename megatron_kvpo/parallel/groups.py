@@ -95,7 +95,8 @@ def _axis(group: dist.ProcessGroup) -> Axis:
     return Axis(size=dist.get_world_size(group), rank=dist.get_rank(group), group=group)
 
 
-def _choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """This process's device. ValueError if it is not there."""
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ValueError("device is cuda and torch sees 0 CUDA devices: set device to cpu or auto")
@@ -110,18 +111,17 @@ def _choose_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _start_processes(device: torch.device, timeout: timedelta) -> None:
-    """Join torchrun's ranks, or be the only one. Nothing if already joined."""
-    global _owns_processes
+def start_processes(device: torch.device, timeout: timedelta) -> bool:
+    """Join torchrun's ranks, or be the only one. False, and nothing done, if joined already."""
     if dist.is_initialized():
-        return
+        return False
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]  # torch omits it from __all__
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    _owns_processes = True
+    return True
 
 
 def _share_cores() -> None:
@@ -152,7 +152,8 @@ def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] =
             asked for is not there.
         RuntimeError: the ranks are divided already.
     """
-    place = _choose_device(device)
+    global _owns_processes
+    place = choose_device(device)
     timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
         check_sizes(int(os.environ.get("WORLD_SIZE", "1")), config)
@@ -162,7 +163,8 @@ def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] =
     else:
         _share_cores()
         install_cpu_megatron()
-    _start_processes(place, timeout)
+    if start_processes(place, timeout):
+        _owns_processes = True
     world = dist.get_world_size()
     num_data = check_sizes(world, config)
 

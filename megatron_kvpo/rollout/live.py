@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_kvpo.model.causal_wan import TextKeys
+from megatron_kvpo.parallel.transfer import current
 from megatron_kvpo.rollout.sampler import (
     TextEncoder,
     admit,
@@ -112,7 +112,7 @@ class LiveDecoder:
         Beside the generator those of the call before, in host memory; None at the first.
         """
         done = self.last_pixels()
-        with self._chosen():
+        with current(self._device):
             latent_BFCHW = latent_BFCHW.to(self._device, non_blocking=True)
             video_BCFHW, self._cache = self._codec.decode(latent_BFCHW, self._cache)
             pixels_FCHW: Tensor = (video_BCFHW[0].transpose(0, 1).float() / 2 + 0.5).clamp(0, 1)
@@ -126,9 +126,5 @@ class LiveDecoder:
         done, self._waiting = self._waiting, None
         if done is None:
             return None
-        with self._chosen():  # before more is asked of the device: a copy waits for that, too
-            return done.cpu()
-
-    def _chosen(self) -> AbstractContextManager[object]:
-        cuda = self._device.type == "cuda"
-        return torch.cuda.device(self._device) if cuda else nullcontext()
+        with current(self._device):
+            return done.cpu()  # before more is asked of the device: a copy waits for that, too

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo.algorithm.energy import branch_log_probs
 from megatron_kvpo.config import AlarmsConfig
-from megatron_kvpo.parallel.collect import all_equal
+from megatron_kvpo.parallel.collect import all_equal, largest
 from megatron_kvpo.parallel.groups import Ranks
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.records import Energies
@@ -142,12 +141,5 @@ def _prefix_difference(ranks: Ranks, groups: Sequence[SampledGroup]) -> float:
 
 def _worst(figures: dict[str, float], ranks: Ranks) -> dict[str, float]:
     """The worst figure of any rank, so that all ranks stop together."""
-    values = torch.tensor(
-        [v if name != "adapter" else -v for name, v in figures.items()],
-        dtype=torch.float64, device=ranks.device,
-    )  # fmt: skip
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return {
-        name: float(v) if name != "adapter" else -float(v)
-        for name, v in zip(figures, values, strict=True)
-    }
+    values = largest([v if name != "adapter" else -v for name, v in figures.items()], ranks)
+    return {name: v if name != "adapter" else -v for name, v in zip(figures, values, strict=True)}

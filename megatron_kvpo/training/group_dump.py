@@ -58,8 +58,7 @@ class Figures:
         found = {}
         for name, energies in zip(POLICIES, self.energies, strict=True):
             if energies is not None:
-                both = energies.branch_PG[place], energies.anchor_P[place : place + 1]
-                found[f"energy_{name}_N"] = torch.cat(both)
+                found[f"energy_{name}_N"] = energies.energy_N(place)
         if self.tables is not None:
             found["local_KN"] = self.tables[place].local_KN
             found["global_KN"] = self.tables[place].global_KN

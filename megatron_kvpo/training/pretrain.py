@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log, settings
@@ -30,7 +29,7 @@ from megatron_kvpo.data.embeddings import EmbeddingCache
 from megatron_kvpo.data.prompts import load_prompts
 from megatron_kvpo.model.codec import ShapesCodec
 from megatron_kvpo.model.specs import check_layout
-from megatron_kvpo.parallel.collect import mean_over
+from megatron_kvpo.parallel.collect import largest, mean_over
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import LatentStream
 from megatron_kvpo.stopwatch import stage
@@ -171,11 +170,8 @@ class Loop:
         """
         limit = self._fitting.max_seconds
         spent = (time.monotonic() - started) / limit if limit else 0.0
-        told = torch.tensor([spent, self._signal.number, self._saver.writing], dtype=torch.float64)
-        if self._ranks.world > 1:
-            told = told.to(self._ranks.device)
-            dist.all_reduce(told, op=dist.ReduceOp.MAX)
-        spent, asked, writing = told.tolist()
+        told = spent, self._signal.number, self._saver.writing
+        spent, asked, writing = largest(told, self._ranks)
         if not writing:
             self._saver.settle()
         return max(self.step / self._fitting.steps, spent), int(asked)

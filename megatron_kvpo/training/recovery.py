@@ -12,9 +12,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_kvpo.checkpoint.state import Saving, newest_sound, retire
 from megatron_kvpo.config import CheckpointConfig
 from megatron_kvpo.log import get_logger
@@ -127,12 +124,3 @@ class Saver:
                 "%s. The run goes on: %d of %d failures in a row that "
                 "checkpoint.tolerated_failures allows", error, self._failures, most,
             )  # fmt: skip
-
-
-def agree(ranks: Ranks, number: int, writing: bool) -> tuple[int, bool]:
-    """The signal that any rank got, 0 if none did, and whether any still writes. Collective."""
-    told = torch.tensor([number, int(writing)], device=ranks.device)
-    if ranks.world > 1:
-        dist.all_reduce(told, op=dist.ReduceOp.MAX)
-    number, writing = told.tolist()
-    return int(number), bool(writing)

@@ -30,7 +30,7 @@ def reward_lines(
         head = [float(sampled.group.prompt.index), float(plan.fork_frame)]
         parts = [table.local_KN.flatten(), table.global_KN.flatten(), advantage_PG[place]]
         if energies is not None:
-            parts += [energies.branch_PG[place], energies.anchor_P[place : place + 1]]
+            parts.append(energies.energy_N(place))
         row = torch.cat([part.double().cpu() for part in parts])
         own.append(torch.cat([row.new_tensor(head), row]))
     width = tables[0].local_KN.shape[1]

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_kvpo import log
 from megatron_kvpo.checkpoint.state import load
 from megatron_kvpo.config import RunConfig
 from megatron_kvpo.data.prompts import PromptStream, share
-from megatron_kvpo.parallel.collect import gather_rows, shares
+from megatron_kvpo.parallel.collect import gather_rows, largest, shares
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.records import Energies, LossOutput
 from megatron_kvpo.reward.composite import Scorer
@@ -35,7 +34,7 @@ from megatron_kvpo.training.heartbeat import Heartbeat
 from megatron_kvpo.training.metrics import Meter, Metrics
 from megatron_kvpo.training.parts import build_codec, build_encoder, check_run, connect_judges
 from megatron_kvpo.training.policy import Policy
-from megatron_kvpo.training.recovery import Saver, StopSignal, agree, checkpoint_to_resume
+from megatron_kvpo.training.recovery import Saver, StopSignal, checkpoint_to_resume
 from megatron_kvpo.training.replays import Ask
 from megatron_kvpo.training.report import write_report
 from megatron_kvpo.training.reward_log import reward_lines
@@ -144,9 +143,9 @@ class Run:
         reached any rank; then everything is saved.
         """
         self._heartbeat.update = update
-        number, writing = agree(self.ranks, self._signal.number, self._saver.writing)
+        number, writing = largest((self._signal.number, self._saver.writing), self.ranks)
         if number:
-            self._interrupt(update, signal.Signals(number).name)
+            self._interrupt(update, signal.Signals(int(number)).name)
         elif not writing:
             self._saver.settle()
         return self.interrupted or self.stopped or update >= self.config.num_updates
@@ -202,10 +201,7 @@ class Run:
         ValueError for figures of another rank; those of this one fail in the loss, by name.
         """
         alarms, finite = self.config.alarms, figures.is_finite()
-        bad = torch.tensor(float(not finite), device=self.ranks.device)
-        if self.ranks.world > 1:
-            dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-        lost = bool(bad)
+        (lost,) = largest((not finite,), self.ranks)
         if update in alarms.dump_updates or (lost and alarms.dump):
             dump(self.config, self.ranks, self.policy, update, groups, figures)
         if lost and finite:
