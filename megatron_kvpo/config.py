@@ -53,6 +53,10 @@ class ParallelConfig:
     memory_gib: float | None = None
     """What a rank may take of its GPU's memory; None is all."""
 
+    deterministic: bool = False
+    """Only kernels that sum in one order, slower ones on a GPU: a run that is repeated or resumed
+    has the same bits. On CPU ranks it has without."""
+
     def __post_init__(self) -> None:
         check_positive("parallel", tensor=self.tensor, context=self.context, branch=self.branch,
                   timeout_s=self.timeout_s)  # fmt: skip

@@ -29,6 +29,7 @@ from megatron_kvpo.model.flops import pass_flops
 from megatron_kvpo.model.lora import SLOTS, adapters_of
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.model.specs import check_layout
+from megatron_kvpo.model.wan_vae import find_wan_vae
 from megatron_kvpo.model.weights import local_part, whole_shape
 from megatron_kvpo.parallel.groups import Ranks, is_first, start_ranks, stop_ranks
 from megatron_kvpo.parallel.seeds import device_generator, noise
@@ -75,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     if options.decode_on is not None and (config.codec.vae is None or not options.video):
         raise ValueError("--decode-on is where --video decodes: give that and codec.vae")
+    if options.video and config.codec.vae is not None:
+        find_wan_vae(config.codec.vae)
     ranks = start_ranks(config.parallel, config.device)
     try:
         log.setup(is_first(ranks))

@@ -252,6 +252,27 @@ def check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"not a VAE of Wan 2.1 (Wan 2.2's is another): {'; '.join(wrong)}")
 
 
+def find_wan_vae(folder: Path) -> tuple[Path, dict[str, Any] | None]:
+    """The file of weights of a VAE that load_wan_vae takes, and diffusers' config or None.
+
+    ValueError where there is none.
+    """
+    original = folder / ORIGINAL_FILE
+    if original.is_file():
+        return original, None
+    inner = folder / "vae" if (folder / "vae").is_dir() else folder
+    path = inner / "config.json"
+    kind = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if kind.get("_class_name") != "AutoencoderKLWan":
+        raise ValueError(
+            f"{folder} holds no Wan VAE: it needs {ORIGINAL_FILE}, or config.json of an "
+            f"AutoencoderKLWan and {WEIGHTS_FILE}, directly or in vae/"
+        )
+    if not (inner / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{inner} lacks {WEIGHTS_FILE}: only safetensors are read")
+    return inner / WEIGHTS_FILE, kind
+
+
 def load_wan_vae(
     folder: Path, *, dtype: torch.dtype = torch.bfloat16, max_rows: int | None = None
 ) -> WanVae:
@@ -262,22 +283,11 @@ def load_wan_vae(
     """
     from diffusers import AutoencoderKLWan
 
-    original = folder / ORIGINAL_FILE
-    if original.is_file():
+    original, kind = find_wan_vae(folder)
+    if kind is None:
         tensors, config = _read_original(original)
     else:
-        inner = folder / "vae" if (folder / "vae").is_dir() else folder
-        path = inner / "config.json"
-        kind = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if kind.get("_class_name") != "AutoencoderKLWan":
-            raise ValueError(
-                f"{folder} holds no Wan VAE: it needs {ORIGINAL_FILE}, or config.json of an "
-                f"AutoencoderKLWan and {WEIGHTS_FILE}, directly or in vae/"
-            )
-        if not (inner / WEIGHTS_FILE).is_file():
-            raise ValueError(f"{inner} lacks {WEIGHTS_FILE}: only safetensors are read")
-        original, config = inner / WEIGHTS_FILE, kind
-        tensors = read_safetensors([original])
+        tensors, config = read_safetensors([original]), kind
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(config)
     check_config(vae.config)

@@ -26,6 +26,7 @@ _TRACKER_SEED = 1234
 
 _extra_groups: list[dist.ProcessGroup] = []
 _owns_processes = False
+_one_order = False
 _before_stop: list[weakref.WeakMethod[Callable[[], None]]] = []
 
 
@@ -140,6 +141,19 @@ def _limit_memory(device: torch.device, gib: float | None) -> None:
     torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib / total, device)
 
 
+def _sum_in_one_order() -> None:
+    """Have torch, cuBLAS and Transformer Engine refuse kernels that add as threads arrive.
+
+    Before the process's first matrix product: cuBLAS takes its workspace then.
+    """
+    global _one_order
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    _one_order = True
+
+
 def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] = "auto") -> Ranks:
     """Join the other ranks and divide them by `config`. Collective: every rank calls it.
 
@@ -163,6 +177,8 @@ def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] =
     else:
         _share_cores()
         install_cpu_megatron()
+    if config.deterministic:
+        _sum_in_one_order()
     if start_processes(place, timeout):
         _owns_processes = True
     world = dist.get_world_size()
@@ -207,7 +223,7 @@ def stop_ranks() -> None:
 
     Leaves torch.distributed running if start_ranks found it running.
     """
-    global _owns_processes
+    global _owns_processes, _one_order
     from megatron.core import parallel_state
 
     for held in _before_stop:
@@ -215,6 +231,9 @@ def stop_ranks() -> None:
             method()
     _before_stop.clear()
     parallel_state.destroy_model_parallel()
+    if _one_order:
+        torch.use_deterministic_algorithms(False)
+        _one_order = False
     if dist.is_initialized():
         for group in _extra_groups:
             dist.destroy_process_group(group)

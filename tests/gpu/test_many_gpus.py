@@ -13,7 +13,6 @@ A GPU chooses kernels by shape and so rounds in more ways: hence the room in the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,13 +204,12 @@ def write_recipes(rank: int, folder: Path) -> dict[str, Path]:
 
 def runs_in_two_parts(rank: int, recipe: Path, device: str) -> dict[str, dict[str, Trace]]:
     """Whole runs, and the same in two parts; of one more the first part only."""
-    repeat_bits()
-    place = f"device={device}"
-    saved = test_resume.run(recipe, "saved", *test_resume.TWO, *SEQUENCE, place)
+    place = (f"device={device}", "parallel.deterministic=true")
+    saved = test_resume.run(recipe, "saved", *test_resume.TWO, *SEQUENCE, *place)
     return {
-        "data": test_resume.in_two_parts(recipe, "data", place),
-        "sequence": test_resume.in_two_parts(recipe, "sequence", *SEQUENCE, place),
-        "context": test_resume.in_two_parts(recipe, "context", *TWO["context"], place),
+        "data": test_resume.in_two_parts(recipe, "data", *place),
+        "sequence": test_resume.in_two_parts(recipe, "sequence", *SEQUENCE, *place),
+        "context": test_resume.in_two_parts(recipe, "context", *TWO["context"], *place),
         "saved": {"first": saved},
     }
 
@@ -219,15 +217,6 @@ def runs_in_two_parts(rank: int, recipe: Path, device: str) -> dict[str, dict[st
 def go_on(rank: int, recipe: Path, device: str) -> Trace:
     """The second part of what two ranks saved, on one."""
     return test_resume.run(recipe, "saved", *test_resume.FOUR, f"device={device}")
-
-
-def repeat_bits() -> None:
-    """Some backward kernels of a GPU add in the order in which threads arrive, unless told not to.
-
-    Must come before a process's first matrix product.
-    """
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
 
 
 def check_resumed(

@@ -109,6 +109,7 @@ def test_a_video_is_decoded_after_its_blocks_or_beside_them(tmp_path):
     ("arguments", "message"),
     [
         (["--video", "--decode-on", "cuda:1"], r"give that and codec.vae"),
+        (["--video", "codec.vae=nowhere"], r"nowhere holds no Wan VAE"),
         (["--rows", "1,0"], r"--rows \[1, 0\]: a pass has at least 1 row"),
         (["--backward", "-1"], r"--backward \[-1\]: a pass has at least 1 row"),
         (["--rows", ""], r"--rows is empty"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -115,6 +117,24 @@ def test_what_holds_communication_lets_it_go_before_the_ranks_stop():
     start_ranks(ParallelConfig(timeout_s=120), "cpu")
     stop_ranks()
     assert held.calls == 1
+
+
+def test_sums_keep_one_order_while_the_ranks_are_up_if_asked_to(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    start_ranks(ParallelConfig(timeout_s=120, deterministic=True), "cpu")
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        stop_ranks()
+    assert not torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # somebody else's
+    try:
+        start_ranks(ParallelConfig(timeout_s=120), "cpu")
+        stop_ranks()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_collecting_over_one_rank_changes_nothing(alone):
