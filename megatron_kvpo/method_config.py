@@ -271,6 +271,10 @@ class RoutingConfig:
     fork_chunks: int = 7
     """Forks lie in the first chunks of the video."""
 
+    forks: Literal["per_prompt", "per_update"] = "per_prompt"
+    """Each prompt's group draws its own fork; or an update draws one place for all of them, so that
+    no data rank waits for one that forked earlier. Uniform over the updates either way."""
+
     noise_strength: float = 0.3
     """`noise`: share of variance that a branch's own noise replaces, in (0, 1]."""
 

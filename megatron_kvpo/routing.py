@@ -118,6 +118,9 @@ def draw_plan(
 ) -> RoutingPlan:
     """Draw a group's fork, uniformly, and a route per branch.
 
+    With `forks: per_update` the place of the fork among the legal ones is drawn of (run seed,
+    update) alone: prompts with the same legal forks have the same one.
+
     Routes are pairwise distinct. Each takes the frames that the earlier ones used least, which
     maximises the mean distance between branches, and among those the route whose largest overlap
     with one branch is smallest. The plain window itself is drawn last: it repeats the anchor.
@@ -132,7 +135,11 @@ def draw_plan(
         ValueError: no fork is legal.
     """
     rng = random.Random(f"routing plan {tuple(coordinates)}")
-    fork = rng.choice(legal_forks(stream, routing, given))
+    legal = legal_forks(stream, routing, given)
+    fork = rng.choice(legal)
+    if routing.forks == "per_update":
+        place = random.Random(f"fork {tuple(coordinates[:2])}").random()
+        fork = legal[int(place * len(legal))]
     routes: tuple[tuple[int, ...], ...] = ((),) * routing.num_branches
     if routing.exploration == "chr":
         drawn = num_routed_frames(stream, routing)

@@ -43,9 +43,6 @@ TIME_BAR, MEMORY_BAR = 0.15, 0.05
 class Then:
     """What the code of a commit did otherwise."""
 
-    lends: bool = True
-    """Idle pages keep activations."""
-
     merged_beside: bool = False
     """The merged copy stays in bfloat16 beside its 8 bits."""
 
@@ -55,13 +52,7 @@ class Then:
 
 
 OLDER = {
-    "aa99c42": Then(
-        lends=False, merged_beside=True,
-        note="before pages were lent to backward; the merged copy was held in bfloat16 too",
-    ),
-    "21e7d9b": Then(
-        lends=False, merged_beside=True, note="the merged copy was held in bfloat16 too"
-    ),
+    "21e7d9b": Then(merged_beside=True, note="the merged copy was held in bfloat16 too"),
     "7edb751": Then(note="before branch ranks shared backward passes and replays evenly"),
     "ee691fa": Then(note="no warm-up: kernels were compiled in the measured time", always=True),
     "49009d1": Then(note="a GPU slower by 19 % in the same passes than others", always=True),
@@ -138,16 +129,15 @@ def check_update(path: Path, record: dict[str, Any], passes: Path = PASSES) -> C
     device, then = record["machine"]["device"], _then(record["commit"])
     rates = load_rates(kind_of(device), passes)
     scale = rates.ceiling_tflops / record["matmul_ceiling_tflops"]
-    today_gib, again = _update_memory(config, record["fork"], rates, Then(note=""))
-    then_gib, then_again = _update_memory(config, record["fork"], rates, then)
-    today = sum(_stages(rates, config, record["fork"], again).values())
-    as_then = _as_counted(record, config, _stages(rates, config, record["fork"], then_again))
+    gib, recomputed = _update_memory(config, record["fork"], rates)
+    stages = _stages(rates, config, record["fork"], recomputed)
+    today, as_then = sum(stages.values()), _as_counted(record, config, stages)
     return Checked(
         name=f"update/{path.stem}", commit=record["commit"][:8], device=kind_of(device),
         predicted_s=today * scale + OTHER_S, as_then_s=as_then * scale + OTHER_S,
-        measured_s=record["update"]["median_s"], predicted_gib=today_gib, as_then_gib=then_gib,
+        measured_s=record["update"]["median_s"], predicted_gib=gib, as_then_gib=gib,
         measured_gib=record["peak_memory_gib"],
-        note=then.note if then.always or (today, today_gib) != (as_then, then_gib) else "",
+        note=then.note if then.always or today != as_then else "",
     )  # fmt: skip
 
 
@@ -175,16 +165,13 @@ def _as_counted(
     return total
 
 
-def _update_memory(
-    config: RunConfig, fork: int, rates: Rates, then: Then
-) -> tuple[float, float]:  # fmt: skip
+def _update_memory(config: RunConfig, fork: int, rates: Rates) -> tuple[float, float]:
     """Peak in GiB, and the share of blocks that recompute."""
     prompts, parallel = prompts_of(config), config.parallel
-    lent = count(config, prompts[0], fork, parallel.branch).lent if then.lends else 0
+    lent = count(config, prompts[0], fork, parallel.branch).lent
     kind = H200 if rates.gpu == "H200" else H100
-    beside = _merged_gib(config) if then.merged_beside else 0.0
     found = memory(config, prompts, Place(
-        parallel=parallel, data=1, groups=1, lent=lent, reward_gib=beside,
+        parallel=parallel, data=1, groups=1, lent=lent,
         limit_gib=parallel.memory_gib or kind.gpu_memory_gib - CONTEXT_GIB,
     ))  # fmt: skip
     return found.peak, found.recomputed

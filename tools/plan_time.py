@@ -147,22 +147,25 @@ def update_seconds(
 ) -> Update:  # fmt: skip
     """Expected over the prompts, their legal forks and the updates between two syncs.
 
-    Data ranks draw different forks and meet once, at the gradients: the longest counts.
+    Data ranks draw different forks, unless the recipe draws one for all, and meet once, at the
+    gradients: the longest counts.
     """
-    times: dict[bool, list[tuple[float, float]]] = {}
+    one_fork = config.routing.forks == "per_update"
+    times: dict[tuple[bool, int], list[tuple[float, float]]] = {}
     total: dict[str, float] = {}
     uneven = 0.0
     for weight, prompt, fork, stale in cases(config, prompts, forks):
         group = group_seconds(rates, config, layout, prompt, fork, stale=stale,
                               recomputed=recomputed)  # fmt: skip
-        times.setdefault(stale, []).append((group.seconds, weight))
+        together = (stale, fork if one_fork else 0)
+        times.setdefault(together, []).append((group.seconds, weight))
         uneven += weight * (group.before - group.mean_before)
         for name, seconds in group.stages.items():
             total[name] = total.get(name, 0.0) + weight * seconds
     groups = config.policy.groups_per_update // layout.data
     mean = groups * sum(seconds * weight for own in times.values() for seconds, weight in own)
     longest = 0.0
-    for own in times.values():  # all groups of an update are stale, or none
+    for own in times.values():  # what all groups of an update have in common
         chance = sum(weight for _, weight in own)
         drawn = [(seconds, weight / chance) for seconds, weight in own]
         longest += chance * expected_longest(drawn, groups, layout.data)

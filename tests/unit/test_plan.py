@@ -52,7 +52,7 @@ def large() -> RunConfig:
 @pytest.mark.parametrize(
     "name",
     ["h100/1.3b_fp8_merged.json", "h100/1.3b_fp8_merged_9rows.json", "h100/1.3b_scored.json",
-     "14b_fp8_merged_tp2.json"],
+     "14b_fp8_merged_tp2.json", "1.3b_fp8_merged.json", "1.3b_fp8_merged_branch2.json"],
 )  # fmt: skip
 def test_counts_are_those_of_the_records(name):
     record, config = record_of(name)
@@ -62,15 +62,11 @@ def test_counts_are_those_of_the_records(name):
 
 
 def test_counts_of_older_commits_differ_where_these_did_more():
-    """The anchor's replay by the reference and the last block's fill; two ranks' shares since."""
-    record, config = record_of("1.3b_fp8_merged.json")
-    counted = count(config, prompts_of(config)[0], record["fork"])
-    more = {s: record["stages"][s]["passes"] - counted.rows_of(s) for s in counted.stages}
-    assert more == {"prefix": 0, "recache": 0, "branches": 9, "replay": 24, "backward": 0}
+    """Two ranks share replays and backward passes otherwise since."""
     record, config = record_of("h100/1.3b_fp8_merged_branch2.json")
     counted = count(config, prompts_of(config)[0], record["fork"], 2)
-    same = {s: counted.rows_of(s) for s in ("prefix", "recache", "branches")}
-    assert same == {s: record["stages"][s]["passes"] for s in same}
+    more = {s: record["stages"][s]["passes"] - counted.rows_of(s) for s in counted.stages}
+    assert more == {"prefix": 0, "recache": 0, "branches": 0, "replay": 120, "backward": -42}
 
 
 @pytest.mark.parametrize("branch", [2, 4, 8])
@@ -181,6 +177,20 @@ def test_more_ranks_take_no_longer_and_less_than_even_shares(small):
     assert seconds == sorted(seconds, reverse=True)
     for n, taken in zip((2, 4, 8), seconds[1:], strict=True):
         assert taken > seconds[0] / n
+
+
+def test_data_ranks_wait_for_no_fork_if_an_update_has_one(small):
+    rates, prompts = load_rates("H200"), prompts_of(small)
+    four = dataclasses.replace(small.policy, groups_per_update=4)
+    own = dataclasses.replace(small, policy=four)
+    routing = dataclasses.replace(own.routing, forks="per_update")
+    one = dataclasses.replace(own, routing=routing)
+    place = (machines(H200, 4), layout(data=4), prompts)
+    apart, together = (update_seconds(rates, config, *place) for config in (own, one))
+    assert together.lost["forks that differ"] == pytest.approx(0.0, abs=1e-9)
+    assert apart.lost["forks that differ"] > 10
+    waited = apart.lost["forks that differ"]
+    assert apart.seconds - together.seconds == pytest.approx(waited, rel=1e-6)
 
 
 def test_a_decoder_and_judges_take_their_time(small):

@@ -88,6 +88,26 @@ def test_forks_are_drawn_about_evenly():
     assert all(abs(n - 100) < 33 for n in draws.values())
 
 
+def test_one_fork_for_an_update_leaves_routes_to_each_prompt():
+    shared = replace(CHR, forks="per_update")
+    draws = Counter()
+    for update in range(300):
+        plans = [draw_plan(LONG, shared, (0, update, prompt)) for prompt in range(4)]
+        assert len({plan.fork_frame for plan in plans}) == 1
+        assert len({plan.routed_frames_G for plan in plans}) == 4
+        draws[plans[0].fork_frame] += 1
+    # 25 expected each, standard deviation 4.8
+    assert sorted(draws) == legal_forks(LONG, CHR)
+    assert all(abs(n - 25) < 20 for n in draws.values())
+    assert draw_plan(LONG, shared, (0, 3, 1)) != draw_plan(LONG, shared, (1, 3, 1))
+
+
+def test_one_fork_for_an_update_keeps_to_what_a_prompts_video_leaves():
+    shared, given = replace(CHR, forks="per_update"), 60
+    forks = {draw_plan(LONG, shared, (0, update, 0), given).fork_frame for update in range(200)}
+    assert sorted(forks) == legal_forks(LONG, CHR, given)
+
+
 @pytest.mark.parametrize(("stream", "routing"), [(LONG, CHR), (SHORT, ONE_BLOCK)])
 def test_routes_are_distinct_sorted_in_the_pool_and_as_far_apart_as_can_be(
     stream: StreamConfig, routing: RoutingConfig
