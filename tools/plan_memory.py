@@ -14,8 +14,8 @@ import torch
 from megatron_kvpo.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.lora import SLOTS, partition_of
-from megatron_kvpo.model.recompute import _SPARE
-from megatron_kvpo.model.specs import Spec, _Adapted
+from megatron_kvpo.model.recompute import SPARE_BYTES
+from megatron_kvpo.model.specs import AdaptedLinear, Spec
 from megatron_kvpo.parallel.groups import start_ranks, stop_ranks
 from megatron_kvpo.records import Prompt
 from tools.plan_count import pages_of, rollout_rows
@@ -82,7 +82,7 @@ def _built(config: RunConfig) -> tuple[Weight, ...]:
             model = CausalWan(bare, Spec.build(bare, whole, ranks, config.policy))
     finally:
         stop_ranks()
-    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, _Adapted)}
+    linear = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
     found = []
     for name, parameter in model.named_parameters():
         parts, layer = name.split("."), None
@@ -289,7 +289,7 @@ def _activations(
         return least, least, 1.0
     lent = place.lent * page_bytes(config.model, place.parallel)
     inside = min(blocks, int(lent // (size + size / 16)))
-    free = place.limit_gib * GIB - sum(held.values()) - _SPARE - 2 * size
+    free = place.limit_gib * GIB - sum(held.values()) - SPARE_BYTES - 2 * size
     kept = max(0, min(blocks - inside, int(free // size)))
     again = blocks - inside - kept
     taken = (kept + 0.5) * size + again * own + (size if again or inside else 0)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_kvpo.model.arena import Arena
 from megatron_kvpo.model.sight import Held
 
-_SPARE = 3 * 2**29
+SPARE_BYTES = 3 * 2**29
 """Bytes left alone, for what backward and recomputation need for a moment."""
 
 
@@ -83,7 +83,7 @@ class Recompute:
         if size is None:
             return 0, 1, min(1, blocks - 1)
         lent = 0 if self.arena is None else min(blocks, self.arena.num_bytes // (size + size // 16))
-        free, left = free_bytes(hidden.device) - _SPARE - 2 * size, blocks - lent
+        free, left = free_bytes(hidden.device) - SPARE_BYTES - 2 * size, blocks - lent
         held = self._held_bytes.get(hidden.shape, 0)
         if not held:
             return lent, max(0, min(left, free // max(1, size))), 0

@@ -179,7 +179,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, block_frames: int
         )
 
 
-class _Adapted(nn.Module):
+class AdaptedLinear(nn.Module):
     """A linear layer's product, with the active adapter's. Mixed into Megatron's classes.
 
     Megatron makes and marks the parameters; what travels between the ranks is said below.
@@ -190,6 +190,10 @@ class _Adapted(nn.Module):
     adapter: Adapter | None
 
     def attach(self, spec: Spec, in_dim: int, out_dim: int, partition: int, family: str) -> None:
+        """Give the layer, as Megatron has made it, its weight's forms and its adapter.
+
+        `partition`: of the weight's two dimensions, the one that the tensor ranks share.
+        """
         self._sequence, self._axis, self._partition = spec.sequence, spec.ranks.tensor, partition
         mark_sharded(self.weight, partition)  # Megatron does so only where it initialises
         scaling = spec.scaling if family in spec.eight_bits else None
@@ -237,11 +241,11 @@ class _Adapted(nn.Module):
 def prepare(model: nn.Module) -> None:
     """Once a model's parameters have their device and type: ready its linear layers for it."""
     for module in model.modules():
-        if isinstance(module, _Adapted):
+        if isinstance(module, AdaptedLinear):
             module.prepare()
 
 
-class _Column(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
+class _Column(AdaptedLinear, ColumnParallelLinear):  # type: ignore[misc]
     """Its input is made whole here, once for weight and adapter, and once for several layers."""
 
     def forward(self, x: Tokens, *, shared: bool = False, gelu: Form | None = None) -> Any:
@@ -251,7 +255,7 @@ class _Column(_Adapted, ColumnParallelLinear):  # type: ignore[misc]
         return self.product(x, self.bias, gelu)
 
 
-class _Row(_Adapted, RowParallelLinear):  # type: ignore[misc]
+class _Row(AdaptedLinear, RowParallelLinear):  # type: ignore[misc]
     """Weight and adapter are summed over the ranks together."""
 
     def forward(self, x: Tokens) -> Tensor:

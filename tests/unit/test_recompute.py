@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_kvpo.model import recompute
 from megatron_kvpo.model.recompute import Recompute
 
-BLOCKS, SIZE, GIB, SPARE = 5, 400 * 2**20, 2**30, recompute._SPARE
+BLOCKS, SIZE, GIB, SPARE = 5, 400 * 2**20, 2**30, recompute.SPARE_BYTES
 
 
 class Block:
