@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -27,6 +27,9 @@ _LEAST_BAR = 12
 
 _RECENT_UPDATES = 20
 """Updates that the time left is judged by."""
+
+_in_run = False
+"""Whether a run has its folder, so that its settings were found good."""
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -43,6 +46,8 @@ def setup(first: bool, folder: Path | None = None, rank: int | None = None) -> N
         folder: of the run; made if missing. None writes no file.
         rank: shown in the other ranks' warnings; None reads RANK.
     """
+    global _in_run
+    _in_run = folder is not None
     root = logging.getLogger(_ROOT)
     for handler in list(root.handlers):
         root.removeHandler(handler)
@@ -184,6 +189,45 @@ def run_command(main: Callable[[], int], logger: logging.Logger) -> NoReturn:
         setup(True)
         logger.error("%s", error)
         sys.exit(2)
+
+
+def run_training(main: Callable[[str, list[str]], object], arguments: Sequence[str]) -> None:
+    """Call `main` with a recipe's path and its overrides, which `arguments` are.
+
+    Bad input, a ValueError before the run's log is open, is one line and code 2. What ends a run
+    later is in run.log too, with its traceback.
+    """
+    logger = get_logger("run")
+    try:
+        if not arguments:
+            raise ValueError("name a recipe, then what differs: RECIPE [section.key=value ...]")
+        with _Ending(logger):
+            main(arguments[0], list(arguments[1:]))
+    except ValueError as error:
+        if _in_run:
+            raise
+        setup(os.environ.get("RANK", "0") == "0")
+        logger.error("%s", error)
+        sys.exit(2)
+
+
+class _Ending:
+    """Notes in run.log, if there is one, what ends the run; Python shows it on stderr."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if isinstance(error, Exception):
+            self._logger.critical("the run ends", exc_info=error, extra={"file_only": True})
 
 
 def format_duration(seconds: float) -> str:

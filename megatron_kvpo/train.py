@@ -74,4 +74,4 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
 
 
 if __name__ == "__main__":
-    train(load_config(sys.argv[1], overrides=sys.argv[2:]))
+    log.run_training(lambda recipe, changes: train(load_config(recipe, changes)), sys.argv[1:])

@@ -299,4 +299,7 @@ def pretrain(config: PretrainConfig, open_stream: StreamOpener | None = None) ->
 
 
 if __name__ == "__main__":
-    pretrain(settings.load(PretrainConfig, sys.argv[1], sys.argv[2:]))
+    log.run_training(
+        lambda recipe, changes: pretrain(settings.load(PretrainConfig, recipe, changes)),
+        sys.argv[1:],
+    )

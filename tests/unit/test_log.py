@@ -142,3 +142,33 @@ def test_result_is_one_line_on_stdout(capsys):
 )
 def test_durations_read_like_a_clock(seconds, text):
     assert log.format_duration(seconds) == text
+
+
+def test_bad_input_of_a_run_is_one_line(capsys):
+    def refuse(recipe, changes):
+        raise ValueError(f"{recipe}: 3 ranks, {changes}")
+
+    log.setup(True)  # no run is on
+    with pytest.raises(SystemExit) as ended:
+        log.run_training(refuse, ["a.yaml", "seed=1"])
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.endswith("error: a.yaml: 3 ranks, ['seed=1']\n")
+    with pytest.raises(SystemExit):
+        log.run_training(refuse, [])
+    assert "name a recipe" in capsys.readouterr().err
+
+
+def test_what_ends_a_run_later_is_in_its_log_with_the_traceback(tmp_path, capsys):
+    def fail(recipe, changes):
+        log.setup(True, tmp_path)
+        raise ValueError("loss is nan")
+
+    with pytest.raises(ValueError, match="loss is nan"):
+        log.run_training(fail, ["a.yaml"])
+    written = (tmp_path / "run.log").read_text()
+    assert "critical: the run ends" in written
+    assert "in fail" in written
+    assert "ValueError: loss is nan" in written
+    assert "the run ends" not in capsys.readouterr().err  # Python shows it there
