@@ -120,9 +120,15 @@ class Saving:
 
 
 def _write_tree(tree: dict[str, Any], partial: Path, background: bool) -> Writing:
-    """Megatron's torch_dist format, written by this process instead of forked ones."""
+    """Megatron's torch_dist format, written by this process instead of forked ones.
+
+    What several ranks hold alike is divided over them: each writes its part.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import torch as format
+    from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+        FullyParallelSaveStrategyWrapper,
+    )
 
     begun: list[Writing] = []
 
@@ -137,7 +143,8 @@ def _write_tree(tree: dict[str, Any], partial: Path, background: bool) -> Writin
             state = format.mcore_to_pyt_state_dict(tensors, False)
             begun.append(Writing(Path(checkpoint_dir), state, planner, background=background))
 
-    dist_checkpointing.save(tree, str(partial), InProcess("torch_dist", 1, thread_count=1))
+    shared = FullyParallelSaveStrategyWrapper(InProcess("torch_dist", 1, thread_count=1))
+    dist_checkpointing.save(tree, str(partial), shared)
     return begun[0]
 
 

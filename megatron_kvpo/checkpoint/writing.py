@@ -1,13 +1,14 @@
 """One rank's tensors on their way into a checkpoint: at once, or from a thread as the run goes on.
 
-Ranks talk only when a `Writing` is made and finished, on the thread that does so; the thread that
-writes touches host memory and files alone. Both ways write the same bytes.
+Ranks talk only when a `Writing` is made and finished, on the thread that does so; the threads that
+write touch tensors and files alone. Both ways write the same bytes.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,9 @@ from megatron_kvpo.log import get_logger
 logger = get_logger(__name__)
 
 T = TypeVar("T")
+
+THREADS = 4
+"""Of a rank that write, each a file of its own. Files depend on it, so it is the same anywhere."""
 
 
 class _Writer(FileSystemWriter):
@@ -62,7 +66,7 @@ class Writing:
         """
         self._folder = folder
         # No copy ahead: that would take a stream of whatever GPU a new thread stands on.
-        self._writer = _Writer(folder, thread_count=1, per_thread_copy_ahead=0)
+        self._writer = _Writer(folder, thread_count=THREADS, per_thread_copy_ahead=0)
         self._metadata: Metadata | None = None
         self._plan = self._agree(state, planner)
         self._results: list[Any] = []
@@ -114,9 +118,12 @@ class Writing:
 
     def _write(self, source: Any) -> None:
         try:
-            self._results = self._writer.write_data(self._plan, source).value()
-            names = {result.storage_data.relative_path for result in self._results}
-            self._sums = {name: sum_of(self._folder / name) for name in names}
+            results = self._writer.write_data(self._plan, source).value()
+            self._results = sorted(results, key=_place)  # threads end in any order
+            names = {name for name, _ in map(_place, results)}
+            with ThreadPoolExecutor(THREADS) as pool:
+                sums = pool.map(lambda name: sum_of(self._folder / name), sorted(names))
+                self._sums = dict(zip(sorted(names), sums, strict=True))
         except (OSError, RuntimeError) as error:  # torch's streams raise RuntimeError on full disks
             self._error = str(error)
             logger.error("checkpoint %s is not being written: %s", self._folder.name, error)
@@ -125,6 +132,11 @@ class Writing:
         if self._metadata is not None:
             self._writer.finish(self._metadata, results)
             write_sums(self._folder, {name: s for part in sums for name, s in part.items()})
+
+
+def _place(result: Any) -> tuple[str, int]:
+    """File, and bytes before it there, of something written."""
+    return result.storage_data.relative_path, result.storage_data.offset
 
 
 def together(make: Callable[[], T]) -> list[T]:

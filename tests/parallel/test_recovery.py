@@ -216,6 +216,7 @@ def test_signals_and_background_saves_leave_the_run_as_it_was(tmp_path):
         ours, theirs = (files_of(tmp_path / n / f"checkpoints/step_{step:08d}")
                         for n in ("whole", "background"))  # fmt: skip
         assert ours == theirs
+        assert {"__0_0.distcp", "__1_0.distcp"} <= set(ours), "one rank wrote all"
     assert 0 not in must.codes
     assert "resume is must" in must.errors
 
