@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -186,9 +187,7 @@ def run_command(main: Callable[[], int], logger: logging.Logger) -> NoReturn:
     try:
         sys.exit(main())
     except (ValueError, RuntimeError) as error:
-        setup(True)
-        logger.error("%s", error)
-        sys.exit(2)
+        _refuse(error, logger, first=True)
 
 
 def run_training(main: Callable[[str, list[str]], object], arguments: Sequence[str]) -> None:
@@ -197,37 +196,30 @@ def run_training(main: Callable[[str, list[str]], object], arguments: Sequence[s
     Bad input, a ValueError before the run's log is open, is one line and code 2. What ends a run
     later is in run.log too, with its traceback.
     """
-    logger = get_logger("run")
     try:
         if not arguments:
             raise ValueError("name a recipe, then what differs: RECIPE [section.key=value ...]")
-        with _Ending(logger):
+        with ExitStack() as stack:
+            stack.push(_note_end)
             main(arguments[0], list(arguments[1:]))
     except ValueError as error:
         if _in_run:
             raise
-        setup(os.environ.get("RANK", "0") == "0")
-        logger.error("%s", error)
-        sys.exit(2)
+        _refuse(error, get_logger("run"), first=os.environ.get("RANK", "0") == "0")
 
 
-class _Ending:
-    """Notes in run.log, if there is one, what ends the run; Python shows it on stderr."""
+def _note_end(kind: object, error: BaseException | None, trace: object) -> None:
+    """Note in run.log, if there is one, what ends the run; Python shows it on stderr."""
+    if isinstance(error, Exception):
+        logger = get_logger("run")
+        logger.critical("the run ends", exc_info=error, extra={"file_only": True})
 
-    def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, Exception):
-            self._logger.critical("the run ends", exc_info=error, extra={"file_only": True})
+def _refuse(error: Exception, logger: logging.Logger, first: bool) -> NoReturn:
+    """Bad input is one line and code 2."""
+    setup(first)
+    logger.error("%s", error)
+    sys.exit(2)
 
 
 def format_duration(seconds: float) -> str:

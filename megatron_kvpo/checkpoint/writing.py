@@ -120,10 +120,10 @@ class Writing:
         try:
             results = self._writer.write_data(self._plan, source).value()
             self._results = sorted(results, key=_place)  # threads end in any order
-            names = {name for name, _ in map(_place, results)}
+            names = list(dict.fromkeys(_place(result)[0] for result in self._results))
             with ThreadPoolExecutor(THREADS) as pool:
-                sums = pool.map(lambda name: sum_of(self._folder / name), sorted(names))
-                self._sums = dict(zip(sorted(names), sums, strict=True))
+                sums = pool.map(sum_of, [self._folder / name for name in names])
+                self._sums = dict(zip(names, sums, strict=True))
         except (OSError, RuntimeError) as error:  # torch's streams raise RuntimeError on full disks
             self._error = str(error)
             logger.error("checkpoint %s is not being written: %s", self._folder.name, error)

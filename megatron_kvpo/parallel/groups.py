@@ -233,6 +233,7 @@ def stop_ranks() -> None:
     parallel_state.destroy_model_parallel()
     if _one_order:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
         _one_order = False
     if dist.is_initialized():
         for group in _extra_groups:

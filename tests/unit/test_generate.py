@@ -48,7 +48,7 @@ def test_a_switch_turns_red_into_blue(tmp_path):
 
 
 def test_a_decoder_beside_the_generator_shows_the_same_video(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # several share sums as the machine's load has it
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # runs of several threads once differed
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
