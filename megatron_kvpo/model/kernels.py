@@ -1,10 +1,13 @@
-"""Kernels of a pass without a graph: what moves memory between matrix products and attention.
+"""Kernels for what moves memory between matrix products and attention.
 
 Each reads what it needs once and writes once; a pass's speed limit for them is the memory's. They
-are Triton's, so this module is imported on a GPU only. `fused.py` says what each computes.
+are Triton's, so this module is imported on a GPU only. `fused.py` says what each computes for a
+pass without a graph, `sight.py` for the keys of a sight, forward and backward.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -247,3 +250,94 @@ def gelu_rows(
         x_RD, tokens, unit_R1, dim, LIMIT=limit, WHOLE=whole, BLOCK=block, num_warps=_warps(block)
     )
     return tokens, unit_R1
+
+
+@triton.jit
+def _spread_kernel(
+    key, value, out_key, out_value, table, columns, length, heads, size, key_token, key_row,
+    key_head, key_one, value_token, value_row, value_head, value_one,
+    FIRST: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
+    tile = table + (tl.program_id(0) // heads).to(tl.int64) * columns
+    token, one = tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK)[None, :]
+    live = (token < tl.load(tile + 1)) & (one < size)
+    source = tl.load(tile).to(tl.int64) + token
+    at = source * key_token + row * key_row + head * key_head + one * key_one
+    keys = tl.load(key + at, mask=live)
+    at = source * value_token + row * value_row + head * value_head + one * value_one
+    values = tl.load(value + at, mask=live)
+    rows = tl.num_programs(1)
+    for number in range(tl.load(tile + 4)):
+        place = tl.load(tile + FIRST + number)
+        target = (place // length * rows + row) * length + place % length + token
+        at = (target * heads + head) * size + one
+        tl.store(out_key + at, keys, mask=live)
+        tl.store(out_value + at, values, mask=live)
+
+
+def spread_seen(
+    key_LBAE: Tensor, value_LBAE: Tensor, table_NC: Tensor, first: int, tokens: int, pieces: int,
+    length: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See sight.seen_by: every key is read once and written wherever it is seen.
+
+    Two [pieces * B, A, M, E] of M = `length` keys a piece, in memory [pieces * B, M, A, E]. A tile
+    of the table has at most `tokens` tokens; its places begin at column `first`.
+    """
+    _, rows, heads, size = key_LBAE.shape
+    shape = pieces * rows, length, heads, size
+    out_key, out_value = key_LBAE.new_empty(shape), value_LBAE.new_empty(shape)
+    _spread_kernel[(table_NC.shape[0] * heads, rows)](
+        key_LBAE, value_LBAE, out_key, out_value, table_NC, table_NC.shape[1], length, heads, size,
+        *key_LBAE.stride(), *value_LBAE.stride(), FIRST=first, TOKENS=tokens,
+        BLOCK=triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip
+    return out_key.transpose(1, 2), out_value.transpose(1, 2)
+
+
+@triton.jit
+def _sum_kernel(
+    key, value, total_key, total_value, out_key, out_value, table, columns, length, heads, size,
+    key_row, key_head, key_token, key_one, value_row, value_head, value_token, value_one,
+    FIRST: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    head, row = tl.program_id(0) % heads, tl.program_id(1).to(tl.int64)
+    tile = table + (tl.program_id(0) // heads).to(tl.int64) * columns
+    token, one = tl.arange(0, TOKENS)[:, None], tl.arange(0, BLOCK)[None, :]
+    live = (token < tl.load(tile + 1)) & (one < size)
+    rows = tl.num_programs(1)
+    out = (((tl.load(tile).to(tl.int64) + token) * rows + row) * heads + head) * size + one
+    begun = (token < tl.load(tile + 2)) & (one < size)
+    keys = tl.load(total_key + out, mask=begun, other=0.0).to(tl.float32)
+    values = tl.load(total_value + out, mask=begun, other=0.0).to(tl.float32)
+    for number in range(tl.load(tile + 4)):
+        place = tl.load(tile + FIRST + number)
+        source, seen = place // length * rows + row, (place % length + token).to(tl.int64)
+        at = source * key_row + head * key_head + seen * key_token + one * key_one
+        keys += tl.load(key + at, mask=live, other=0.0).to(tl.float32)
+        at = source * value_row + head * value_head + seen * value_token + one * value_one
+        values += tl.load(value + at, mask=live, other=0.0).to(tl.float32)
+    if tl.load(tile + 3) > 0:
+        tl.store(total_key + out, keys.to(total_key.dtype.element_ty), mask=live)
+        tl.store(total_value + out, values.to(total_value.dtype.element_ty), mask=live)
+    else:
+        tl.store(out_key + out, keys.to(out_key.dtype.element_ty), mask=live)
+        tl.store(out_value + out, values.to(out_value.dtype.element_ty), mask=live)
+
+
+def sum_seen(
+    key_RAME: Tensor, value_RAME: Tensor, totals: Sequence[Tensor], outs: Sequence[Tensor],
+    table_NC: Tensor, first: int, tokens: int,
+) -> None:  # fmt: skip
+    """See sight.Sums: adds one batch's gradients, in the order of the table, in float32.
+
+    `outs` are contiguous [L, B, A, E], `totals` have the tokens up to the last that several batches
+    see. Each tile is written once: to the totals if a later batch sees it, else to the outs.
+    """
+    _, rows, heads, size = outs[0].shape
+    _sum_kernel[(table_NC.shape[0] * heads, rows)](
+        key_RAME, value_RAME, *totals, *outs, table_NC, table_NC.shape[1], key_RAME.shape[2], heads,
+        size, *key_RAME.stride(), *value_RAME.stride(), FIRST=first, TOKENS=tokens,
+        BLOCK=triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip

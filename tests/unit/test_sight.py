@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,9 +18,12 @@ from megatron_kvpo.model.sight import (
     Held,
     Piece,
     Sight,
+    Sums,
     attend_seen,
     batches,
     diffusion_sight,
+    places,
+    seen_by,
     teacher_frames,
     teacher_sight,
 )
@@ -27,6 +34,27 @@ TOKENS = 4
 STREAM = StreamConfig(num_frames=27, resident_frames=27)
 SIGHTS = {"teacher": teacher_sight(STREAM, TOKENS), "diffusion": diffusion_sight(STREAM, TOKENS)}
 HEADS = 2, 16
+
+ODD = {
+    "ragged": Sight((  # 2 and 9 are seen by nobody, 1 in every batch
+        Piece((0, 5), ((0, 2), (3, 5))), Piece((5, 9), ((1, 2), (6, 9))),
+        Piece((9, 12), ((1, 2), (5, 6), (10, 12))), Piece((12, 13), ((1, 2), (12, 13))),
+    )),
+    "one batch": Sight((Piece((0, 4), ((0, 3),)), Piece((4, 8), ((2, 3), (4, 6))))),
+}  # fmt: skip
+LAID = pytest.mark.parametrize(
+    ("sight", "rows", "at_once"),
+    [pytest.param(sight, rows, at_once, id=f"{name}-{rows}-{at_once}")
+     for name, sight in (SIGHTS | ODD).items() for rows in (1, 3) for at_once in (1, 60, 10**6)],
+)  # fmt: skip
+
+WHERE = "cuda" if torch.cuda.is_available() else "cpu"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+with_kernels = pytest.mark.skipif(
+    not HAS_TRITON or (WHERE == "cpu") != INTERPRETED,
+    reason="needs a GPU, or Triton with TRITON_INTERPRET=1",
+)
 
 
 def mask_of(sight: Sight) -> Tensor:
@@ -139,6 +167,97 @@ def test_pieces_of_one_shape_are_one_call_until_they_are_too_many():
         (2, (block, block)), (2, (block, 2 * block)), (2, (block, 3 * block)),
         (6, (block, 4 * block)), (5, (block, 4 * block)),
     ]  # fmt: skip
+
+
+def keys_and_gradients(
+    sight: Sight, rows: int, at_once: int, monkeypatch, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor, module.Batches, list[list[Tensor]]]:
+    """Key and value, batches of few keys, and what each gives: [R, A, M, E] in memory's ways."""
+    monkeypatch.setattr(module, "_KEYS_AT_ONCE", at_once)
+    found = batches.__wrapped__(sight)
+    draw = functools.partial(noise, device=device)
+    key, value = (draw((sight.num_tokens, rows, *HEADS), n).to(dtype) for n in ("k", "v"))
+    gradients = []
+    for number, pieces in enumerate(found):
+        count, length = rows * len(pieces), pieces[0].shape[1]
+        to_key = draw((count, HEADS[0], length, HEADS[1]), "k", number)
+        to_value = draw((count, length, *HEADS), "v", number).transpose(1, 2)
+        gradients.append([to_key.to(dtype), to_value.to(dtype)])
+    return key, value, found, gradients
+
+
+def summed(key: Tensor, value: Tensor, found: module.Batches, gradients) -> tuple[Tensor, Tensor]:
+    sums = Sums(key, value, found)
+    for number, (to_key, to_value) in enumerate(gradients):
+        sums.add(number, to_key, to_value)
+    return sums.finished()
+
+
+@LAID
+def test_tables_of_places_give_the_bits_of_the_sums_and_of_the_keys(
+    sight, rows, at_once, monkeypatch
+):
+    """What is not written is no number, what is read before it is written either."""
+    drawn = keys_and_gradients(sight, rows, at_once, monkeypatch, torch.bfloat16)
+    key, _, found, gradients = drawn
+    known = places(found, key.device, 3)
+    out = torch.full_like(key, torch.nan)
+    total = torch.full((known.shared, *key.shape[1:]), torch.nan)
+    for number, (table, (gradient, _)) in enumerate(zip(known.tables, gradients, strict=True)):
+        assert table.dtype == torch.int32
+        parts = gradient.unflatten(0, (-1, rows)).permute(0, 3, 1, 2, 4).flatten(0, 1)
+        laid = torch.full_like(parts, torch.nan)
+        for start, tokens, earlier, later, count, *at in table.tolist():
+            one = slice(start, start + tokens)
+            own = total[one].clone() if earlier else torch.zeros_like(key[one], dtype=total.dtype)
+            for place in at[:count]:
+                own += parts[place : place + tokens]
+                laid[place : place + tokens] = key[one]
+            (total if later else out)[one] = own
+        laid = laid.unflatten(0, (-1, gradient.shape[2])).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        assert torch.equal(laid, seen_by(number, key, key, found)[0])
+    assert torch.equal(out, summed(*drawn)[0])
+
+
+@pytest.mark.gpu
+@with_kernels
+@LAID
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tile", [8, 32])
+def test_kernels_lay_keys_out_and_sum_to_the_bits_of_plain_torch(
+    sight, rows, at_once, dtype, tile, monkeypatch
+):
+    from megatron_kvpo.model import kernels
+
+    drawn = keys_and_gradients(sight, rows, at_once, monkeypatch, dtype, WHERE)
+    apart = drawn[1].repeat_interleave(2, dim=-1)[..., ::2]
+    monkeypatch.setattr(module, "_TILE", tile)
+    results = []
+    for found in (None, kernels):
+        monkeypatch.setattr(module, "_kernels", lambda device, found=found: found)
+        laid = [seen_by(n, drawn[0], apart, drawn[2]) for n in range(len(drawn[2]))]
+        results.append([*summed(*drawn), *(x for both in laid for x in both)])
+    for plain, ours in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype == dtype
+        cut = INTERPRETED and dtype == torch.bfloat16  # the interpreter cuts, a GPU rounds
+        torch.testing.assert_close(ours, plain, rtol=2**-7 if cut else 0, atol=0)
+
+
+@pytest.mark.gpu
+@with_kernels
+@pytest.mark.parametrize("rows", [1, 3])
+def test_attention_through_kernels_is_that_of_plain_torch(rows, monkeypatch):
+    from megatron_kvpo.model import kernels
+
+    results = []
+    for found in (None, kernels):
+        monkeypatch.setattr(module, "_kernels", lambda device, found=found: found)
+        made = [x.detach().to(WHERE) for x in drawn(SIGHTS["teacher"], rows)]
+        inputs, gradient = [x.requires_grad_() for x in made[:3]], made[3]
+        out = attend_seen(*inputs, SIGHTS["teacher"])
+        results.append([out, *torch.autograd.grad(out, inputs, gradient)])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize(
