@@ -23,6 +23,7 @@ OPTIONS = {
     "libvpx-vp9": {"crf": "4", "b": "0", "deadline": "realtime", "cpu-used": "8"},
     "libvpx": {"crf": "4", "b": "4M", "deadline": "realtime", "cpu-used": "8"},
     "libsvtav1": {"crf": "8", "preset": "12"},
+    "mjpeg": {"qmin": "2", "qmax": "2"},
     **{name: {"b": "6M"} for name in ("mpeg4", "mpeg2video", "wmv2", "flv")},
 }
 
