@@ -3,17 +3,19 @@
     python -m tools.benchmark_data --output data.json [--backend gpu] [--consumes 40]
 
 Writes a few clips of each codec to --folder (kept and used again), then draws random clips from
-them with each reader in turn, in one run. Writes the JSON and a Markdown table.
+them with each reader in turn, in one run. Writes the JSON and a Markdown table, anew after every
+turn; what fails is noted there. Code 1 if this package's reader or a whole codec did.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,27 +31,23 @@ from torch.nn.functional import interpolate
 from megatron_kvpo import log
 from megatron_kvpo.data.clips import ClipSpec, FileClip, cut
 from megatron_kvpo.data.video import VideoPipeline
-from tools import benchmark_report, provenance
+from tools import benchmark_clips, benchmark_report, provenance
 from tools.benchmark_kernels import median
 
 logger = log.get_logger("megatron_kvpo.tools.benchmark_data")
 
 _MODULE = "tools.benchmark_data"
-_FPS = 24
-_KEY_FRAMES = {"g": "48"}
-_ENCODERS = {
-    "h264": ("libx264", "mp4", {"preset": "veryfast", "b": "4M", "x264-params": "log-level=0"}),
-    "hevc": ("libx265", "mp4", {"preset": "ultrafast", "b": "3M",
-                                "x265-params": "log-level=0:keyint=48"}),
-    "vp9": ("libvpx-vp9", "webm", {"deadline": "realtime", "cpu-used": "8", "b": "3M",
-                                   "row-mt": "1"}),
-}  # fmt: skip
-"""Key frames every two seconds and bit rates as they are common at 720p."""
-
 _REORDERED = 8
 """Pixel frames by which a file's index, in the order of decoding, may be off from what is shown."""
 
+_OWN = "megatron_kvpo"
+_LONGEST = 300
+"""Characters of an error in a note."""
+
 Read = Callable[[FileClip], Tensor]
+Save = Callable[[dict[str, Any]], None]
+Time = Callable[[int, int], float]
+"""Seconds for so many batches (second) from a step (first) on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,52 +60,120 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.backend == "gpu" and not torch.cuda.is_available():
         raise ValueError("--backend gpu needs a CUDA device, there is none: use cpu")
     log.setup(True)
-    found = measure(options)
-    provenance.write_json(found, options.output)
-    options.output.with_suffix(".md").write_text(table(found))
-    return 0
+
+    def save(found: dict[str, Any]) -> None:
+        provenance.write_json(found, options.output)
+        options.output.with_suffix(".md").write_text(table(found))
+
+    found = measure(options, save)
+    return 1 if any(note["reader"] in ("", _OWN) for note in found["notes"]) else 0
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """The record of every codec and reader."""
-    clip = ClipSpec(num_pixel_frames=options.clip_frames, size=tuple(options.size), start="random")
-    rows, load = [], [os.getloadavg()[0]]
+def measure(options: argparse.Namespace, save: Save) -> dict[str, Any]:
+    """The record of every codec and reader, given to `save` whenever it grows.
+
+    What fails becomes one of its notes, and the others are measured.
+    """
+    found = _head(options)
+    notes = found["notes"]
+    save(found)
+    folders, errors = benchmark_clips.write(options)
+    for codec, error in errors.items():
+        logger.error("%s is not measured", codec, exc_info=error)
+        notes.append(_note(codec, "", f"not measured, not written: {_line(error)}"))
+    samples = [path for folder in folders.values() for path in sorted(folder.glob("0.*"))]
+    others = _others(options, samples[0], notes) if samples else {}
     with ThreadPoolExecutor(options.threads) as pool:
-        for codec in options.codecs:
-            pipeline = VideoPipeline(
-                _files(codec, options), clip, batch_size=options.batch, backend=options.backend,
-                num_threads=options.threads,
-            )  # fmt: skip
-            rows += _of_codec(codec, pipeline, pool, options)
-            load.append(os.getloadavg()[0])
+        for codec, folder in folders.items():
+            _measure_codec(codec, folder, others, pool, options, found, save)
+            found["load"].append(round(os.getloadavg()[0], 1))
+    save(found)
+    return found
+
+
+def _measure_codec(
+    codec: str, folder: Path, others: Mapping[str, Read], pool: ThreadPoolExecutor,
+    options: argparse.Namespace, found: dict[str, Any], save: Save,
+) -> None:  # fmt: skip
+    """Add a row a reader."""
+    clip = ClipSpec(num_pixel_frames=options.clip_frames, size=tuple(options.size), start="random")
+    before, notes = found["rows"], found["notes"]
+    try:
+        pipeline = VideoPipeline(
+            folder, clip, batch_size=options.batch, backend=options.backend,
+            num_threads=options.threads,
+        )  # fmt: skip
+    except Exception as error:
+        logger.exception("%s is not measured", codec)
+        notes.append(_note(codec, "", f"not measured: {_line(error)}"))
+        return
+    readers: dict[str, Time] = {
+        _OWN: lambda step, count: _drain(pipeline.batches(step), count),
+        **{name: partial(_timed, pipeline, read, pool, options) for name, read in others.items()},
+    }
+    for spans in _turns(codec, readers, options, notes):
+        front_ends = {_OWN: _used(pipeline)}
+        found["rows"] = before + [
+            _row(codec, name, options, spans[name], front_ends.get(name, ""))
+            for name in readers if spans[name]
+        ]  # fmt: skip
+        save(found)
+    for row in found["rows"][len(before) :]:
+        rate = row["median_frames_per_s"]
+        logger.info("%s %s: %.0f pixel frames a second", codec, row["reader"], rate)
+
+
+def _head(options: argparse.Namespace) -> dict[str, Any]:
+    """A record without rows."""
     versions = {name: _version(name) for name in ("av", "nvidia-dali-cuda130", "torchcodec")}
     made = provenance.made_by(_MODULE, 1)
     return {
         "name": options.output.stem, **made, "versions": {**made["versions"], **versions},
         "config": {key: str(value) if isinstance(value, Path) else value
                    for key, value in vars(options).items()},
-        "load": [round(value, 1) for value in load], "rows": rows,
+        "load": [round(os.getloadavg()[0], 1)], "rows": [], "notes": [],
     }  # fmt: skip
 
 
-def _of_codec(
-    codec: str, pipeline: VideoPipeline, pool: ThreadPoolExecutor, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """A row for each reader; they take turns, so that a busy moment of the machine is shared."""
-    readers: dict[str, Callable[[int], float]] = {
-        "megatron_kvpo": lambda step: _drain(pipeline.batches(step), options.batches),
-        **{name: partial(_timed, pipeline, read, pool, options)
-           for name, read in _others(options).items()},
-    }  # fmt: skip
+def _turns(
+    codec: str, readers: Mapping[str, Time], options: argparse.Namespace,
+    notes: list[dict[str, str]],
+) -> Iterator[dict[str, list[float]]]:  # fmt: skip
+    """Seconds of each reader so far, after every turn and every failure.
+
+    They take turns, so that a busy moment of the machine is shared. One that fails is left out from
+    then on, and noted.
+    """
     spans: dict[str, list[float]] = {name: [] for name in readers}
+    left = dict(readers)
     for turn in range(-1, options.repeats):
-        for name, time_from in readers.items():
-            span = time_from((turn + 1) * options.batches)
-            if turn >= 0:  # the first turn warms up
-                spans[name].append(span)
-    used = [front_end for front_end, count in pipeline.decoder.decoded.items() if count]
-    front_ends = {"megatron_kvpo": " + ".join(used)}
-    return [_row(codec, name, options, spans[name], front_ends.get(name, "")) for name in readers]
+        for name, time_from in list(left.items()):
+            try:
+                if turn < 0:  # warms up
+                    time_from(0, 1)
+                else:
+                    spans[name].append(time_from((turn + 1) * options.batches, options.batches))
+            except Exception as error:
+                logger.exception("%s %s failed", codec, name)
+                timings = f"after {len(spans[name])} of {options.repeats} timings"
+                notes.append(_note(codec, name, f"failed {timings}: {_line(error)}"))
+                del left[name]
+                yield spans
+        yield spans
+
+
+def _used(pipeline: VideoPipeline) -> str:
+    return " + ".join(name for name, count in pipeline.decoder.decoded.items() if count)
+
+
+def _note(codec: str, reader: str, text: str) -> dict[str, str]:
+    """`reader` is empty for all of a codec, `codec` for all of a reader."""
+    return {"codec": codec, "reader": reader, "note": text}
+
+
+def _line(error: BaseException) -> str:
+    """What an error says, as one line of bounded length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:_LONGEST]
 
 
 def _version(name: str) -> str:
@@ -129,29 +195,27 @@ def _row(
     }  # fmt: skip
     if options.consumes:
         row["feeds"] = row["median_frames_per_s"] / options.consumes
-    logger.info("%s %s: %.0f pixel frames a second", codec, reader, row["median_frames_per_s"])
     return row
 
 
 def _drain(stream: Iterator[Any], count: int) -> float:
     """Seconds from the opening of the endless stream on, nothing decoded before."""
-    started = time.perf_counter()
-    for _ in itertools.islice(stream, count):
-        _finish()
-    span = time.perf_counter() - started
-    stream.close()  # type: ignore[attr-defined]
-    return span
+    with contextlib.closing(stream):  # type: ignore[type-var]
+        started = time.perf_counter()
+        for _ in itertools.islice(stream, count):
+            _finish()
+        return time.perf_counter() - started
 
 
 def _timed(
     pipeline: VideoPipeline, read: Read, pool: ThreadPoolExecutor, options: argparse.Namespace,
-    step: int,
+    step: int, count: int,
 ) -> float:  # fmt: skip
     """Seconds of a reader, a thread a clip, for clips drawn in the same manner."""
     files = pipeline.report.good
     clips = [
         cut(files[n % len(files)], pipeline.clip, 0, n)
-        for n in range(step * options.batch, (step + options.batches) * options.batch)
+        for n in range(step * options.batch, (step + count) * options.batch)
     ]
     started = time.perf_counter()
     for start in range(0, len(clips), options.batch):
@@ -165,31 +229,61 @@ def _finish() -> None:
         torch.cuda.synchronize()
 
 
-def _others(options: argparse.Namespace) -> dict[str, Read]:
-    """PyAV alone on the CPU, and torchcodec on the backend if it is installed and loads."""
-    device = torch.device("cuda" if options.backend == "gpu" else "cpu")
-    found: dict[str, Read] = {"PyAV": lambda clip: _by_pyav(clip).to(device)}
+def _others(
+    options: argparse.Namespace, sample: Path, notes: list[dict[str, str]]
+) -> dict[str, Read]:
+    """PyAV alone on the CPU, and torchcodec if it is installed and loads.
+
+    On backend gpu torchcodec decodes there if it can decode `sample` so, else on the CPU.
+    """
+    target = _target(options)
+    found: dict[str, Read] = {"PyAV": lambda clip: _by_pyav(clip).to(target)}
     try:
         from torchcodec.decoders import VideoDecoder
         from torchcodec.transforms import CenterCrop, Resize
-    except (ImportError, OSError, RuntimeError) as error:
-        logger.info("torchcodec is left out: %s", str(error).strip().splitlines()[:1])
+    except Exception as error:
+        text = f"left out, it is not installed or does not load: {_line(error)}"
+        notes.append(_note("", "torchcodec", text))
+        if not isinstance(error, ImportError):
+            logger.exception("torchcodec does not load")
         return found
+    name, device = "torchcodec", "cuda" if options.backend == "gpu" else "cpu"
+    if device == "cuda" and (reason := _no_cuda(VideoDecoder, sample, notes)):
+        name, device = f"torchcodec (CPU: {reason})", "cpu"
 
     def by_torchcodec(clip: FileClip) -> Tensor:
         (top, left), (bottom, right) = clip.roi
         shown = round(bottom) - round(top), round(right) - round(left)
-        own = [] if options.backend == "gpu" else [CenterCrop(shown), Resize(clip.size)]
+        own = [] if device == "cuda" else [CenterCrop(shown), Resize(clip.size)]
         decoder = VideoDecoder(
-            str(clip.file.path), device=str(device), num_ffmpeg_threads=1, transforms=own
+            str(clip.file.path), device=device, num_ffmpeg_threads=1, transforms=own
         )
-        video = decoder.get_frames_at(clip.frames.tolist()).data.float()
+        video: Tensor = decoder.get_frames_at(clip.frames.tolist()).data.float()
         if not own:
             video = video[:, :, round(top) : round(bottom), round(left) : round(right)]
             video = interpolate(video, clip.size, mode="bilinear", antialias=True)
-        return video.transpose(0, 1) / 127.5 - 1
+        return (video.transpose(0, 1) / 127.5 - 1).to(target)
 
-    return {**found, "torchcodec": by_torchcodec}
+    return {**found, name: by_torchcodec}
+
+
+def _target(options: argparse.Namespace) -> torch.device:
+    """Where clips are wanted."""
+    return torch.device("cuda" if options.backend == "gpu" else "cpu")
+
+
+def _no_cuda(decoder: Callable[..., Any], sample: Path, notes: list[dict[str, str]]) -> str:
+    """Why torchcodec decodes nothing on CUDA, noted; "" if it does."""
+    try:
+        decoder(str(sample), device="cuda", num_ffmpeg_threads=1).get_frames_at([0])
+    except Exception as error:
+        built = "unsupported device" not in str(error).lower()
+        reason = "it fails on CUDA" if built else "this build has no CUDA"
+        logger.exception("torchcodec is measured on the CPU: %s", reason)
+        text = f"measured on the CPU, because {reason}: {_line(error)}"
+        notes.append(_note("", "torchcodec", text))
+        return reason
+    return ""
 
 
 def _by_pyav(clip: FileClip) -> Tensor:
@@ -211,45 +305,6 @@ def _by_pyav(clip: FileClip) -> Tensor:
             if frame.pts is not None and frame.pts >= last:
                 break
     return torch.from_numpy(np.stack(found)).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def _files(codec: str, options: argparse.Namespace) -> Path:
-    """A folder with the clips of a codec, written if they are not there."""
-    height, width = options.source
-    folder: Path = options.folder / f"{codec}_{height}x{width}_{options.seconds:g}s"
-    encoder, suffix, settings = _ENCODERS[codec]
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(options.files):
-        path = folder / f"{number}.{suffix}"
-        if not path.exists():
-            logger.info("writing %s", path)
-            partial = path.with_name(f".{path.name}")
-            _write(partial, suffix, encoder, settings, number, options)
-            partial.replace(path)
-    return folder
-
-
-def _write(
-    path: Path, suffix: str, encoder: str, settings: dict[str, str], seed: int,
-    options: argparse.Namespace,
-) -> None:  # fmt: skip
-    """A textured ground that drifts under grain: motion and detail for the encoder to code."""
-    height, width = options.source
-    rng = np.random.default_rng(seed)
-    coarse = torch.from_numpy(rng.random((1, 3, height // 16, width // 16), np.float32))
-    ground = interpolate(coarse, (2 * height, 2 * width), mode="bicubic")[0].permute(1, 2, 0)
-    ground_HWC = (ground * 255).clamp(0, 255).byte().numpy()
-    grain_HWC = rng.integers(0, 32, (height, width, 3), np.uint8)
-    with av.open(str(path), "w", format="webm" if suffix == "webm" else "mp4") as container:
-        stream: Any = container.add_stream(encoder, rate=_FPS, options={**_KEY_FRAMES, **settings})
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for number in range(round(options.seconds * _FPS)):
-            y, x = 2 * number % height, 3 * number % width
-            image = ground_HWC[y : y + height, x : x + width] // 2 + 40
-            image += np.roll(grain_HWC, 7 * number, axis=1)
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 def table(found: dict[str, Any]) -> str:
@@ -276,6 +331,11 @@ def table(found: dict[str, Any]) -> str:
         reader = row["reader"] + (f" ({row['front_end']})" if row["front_end"] else "")
         line = f"| {row['codec']} | {reader} | {rates[0]:.0f} ({rates[1]:.0f} to {rates[2]:.0f}) |"
         lines.append(line + (f" {row['feeds']:.1f} |" if consumes else ""))
+    if found["notes"]:
+        lines.append("")
+    for note in found["notes"]:
+        about = ", ".join(filter(None, (note["codec"], note["reader"])))
+        lines.append(f"- {about}: {note['note']}")
     return "\n".join(lines) + "\n"
 
 
@@ -284,7 +344,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="a .json file")
     parser.add_argument("--backend", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--folder", type=Path, default=Path("runs/benchmark_data"))
-    parser.add_argument("--codecs", nargs="+", choices=_ENCODERS, default=[*_ENCODERS])
+    parser.add_argument(
+        "--codecs", nargs="+", choices=benchmark_clips.ENCODERS, default=[*benchmark_clips.ENCODERS]
+    )
     parser.add_argument("--files", type=int, default=2, help="of each codec")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each file")
     parser.add_argument("--source", type=int, nargs=2, default=[720, 1280], metavar=("H", "W"))
