@@ -1,23 +1,33 @@
 """Self-attention over pages and cross-attention to text, heads over the tensor ranks.
 
 Under context parallelism tokens are shared between ranks everywhere but here: an all-to-all trades
-tokens for heads around the attention itself (Ulysses). For one rank it is the identity.
+tokens for heads around the attention itself (Ulysses). For one rank it is the identity. Query, key
+and value travel while the next of them is made, their gradients while layers go backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from megatron_kvpo.model.fused import Form, Tokens, joined, rms_rotated, rms_scaled, sum_of_squares
+from megatron_kvpo.model.fused import (
+    Form,
+    Tokens,
+    heads_apart,
+    joined,
+    rms_rotated,
+    rms_scaled,
+    sum_of_squares,
+)
 from megatron_kvpo.model.lora import mark_sharded
 from megatron_kvpo.model.memory_bank import choose_frames
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.model.sdpa import chosen_kernels
 from megatron_kvpo.model.sight import Sight, attend_seen
 from megatron_kvpo.model.specs import Spec
+from megatron_kvpo.parallel.exchange import Exchange
 
 
 class WideRMSNorm(nn.Module):
@@ -37,9 +47,12 @@ class WideRMSNorm(nn.Module):
         return rms_scaled(x_LBD, total, self.weight.to(self._dtype), self._dim, self._eps)
 
     def rotated(self, x_LBD: Tensor, total_LB1: Tensor | None, table_2LE: Tensor) -> Tensor:
-        """Normalise by `totals`, cut into heads, turn these by their tokens' phases: LBAE."""
-        weight_D = self.weight.to(self._dtype)
-        return rms_rotated(x_LBD, total_LB1, weight_D, table_2LE, self._dim, self._eps)
+        """Normalise by `totals`, cut into heads, turn these by their tokens' phases.
+
+        Laid out as the context ranks exchange them: see `heads_apart`.
+        """
+        weight_D, parts = self.weight.to(self._dtype), self._spec.ranks.context.size
+        return rms_rotated(x_LBD, total_LB1, weight_D, table_2LE, self._dim, self._eps, parts)
 
 
 def totals(spec: Spec, *parts_LBD: Tensor) -> Sequence[Tensor | None]:
@@ -85,12 +98,8 @@ class SelfAttention(_Attention):
         sees of the pass, by default all; only for passes without a cache.
         """
         whole = self._spec.share_input(hidden_LBD)
-        query, key, value = (part(whole, shared=True) for part in (self.q, self.k, self.v))
-        of_query, of_key = totals(self._spec, query, key)
-        query = self.norm_q.rotated(query, of_query, table)
-        key = self.norm_k.rotated(key, of_key, table)
-        value = self._heads(value)
-        query, key, value = (tokens_to_heads(x, self._spec) for x in (query, key, value))
+        turned = ((self.q, self.norm_q), (self.k, self.norm_k))
+        query, key, value = self._exchanged(whole, table, *turned)
         if sight is not None:
             out_LBAE = attend_seen(query, key, value, sight)
         else:
@@ -103,12 +112,33 @@ class SelfAttention(_Attention):
     def fill(self, hidden_LBD: Tokens, table: Tensor, layer: int, pages: PassPages) -> None:
         """Leave the keys and values that `forward` would, and do nothing else. No graph."""
         whole = self._spec.share_input(hidden_LBD)
-        key, value = (part(whole, shared=True) for part in (self.k, self.v))
-        (of_key,) = totals(self._spec, key)
-        key, value = self.norm_k.rotated(key, of_key, table), self._heads(value)
-        key, value = (tokens_to_heads(x, self._spec).transpose(0, 1) for x in (key, value))
+        key, value = self._exchanged(whole, table, (self.k, self.norm_k))
         assert pages.write_BF is not None
-        pages.pool.write(layer, pages.write_BF, key, value)
+        pages.pool.write(layer, pages.write_BF, key.transpose(0, 1), value.transpose(0, 1))
+
+    def _exchanged(
+        self, whole: Tokens, table: Tensor, *turned: tuple[nn.Module, WideRMSNorm]
+    ) -> list[Tensor]:  # fmt: skip
+        """What these layers and norms make, and the value: all tokens of a share of the heads."""
+        context = self._spec.ranks.context
+        under_way = [Exchange(x, context) for x in self._made(whole, table, *turned)]
+        return [exchange.wait() for exchange in under_way]
+
+    def _made(
+        self, whole: Tokens, table: Tensor, *turned: tuple[nn.Module, WideRMSNorm]
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """What is to be exchanged, each made when asked for; products that share a sum, at once.
+
+        The value comes last: the order of layers is that in which their input's gradient is summed.
+        """
+        if self._spec.ranks.tensor.size == 1:
+            for layer, norm in turned:
+                yield norm.rotated(layer(whole, shared=True), None, table)
+        else:
+            wide = [layer(whole, shared=True) for layer, _ in turned]
+            for (_, norm), x, total in zip(turned, wide, totals(self._spec, *wide), strict=True):
+                yield norm.rotated(x, total, table)
+        yield heads_apart(self._heads(self.v(whole, shared=True)), self._spec.ranks.context.size)
 
 
 class CrossAttention(_Attention):
@@ -160,18 +190,8 @@ def attend(query_LBAE: Tensor, key_BMAE: Tensor, value_BMAE: Tensor) -> Tensor:
     return out_BALE.permute(2, 0, 1, 3)
 
 
-def tokens_to_heads(x_LBAE: Tensor, spec: Spec) -> Tensor:
-    """All tokens of a share of the heads, from a share of the tokens of all heads."""
-    size = spec.ranks.context.size
-    if size == 1:
-        return x_LBAE
-    tokens, rows, heads, dim = x_LBAE.shape
-    parts = x_LBAE.reshape(tokens, rows, size, heads // size, dim).permute(2, 0, 1, 3, 4)
-    return spec.all_to_all(parts.reshape(size * tokens, rows, heads // size, dim))
-
-
 def heads_to_tokens(x_LBAE: Tensor, spec: Spec) -> Tensor:
-    """Inverse of tokens_to_heads."""
+    """All heads of a share of the tokens, from a share of the heads of all tokens."""
     size = spec.ranks.context.size
     if size == 1:
         return x_LBAE

@@ -195,13 +195,24 @@ def rms_scaled(
 
 def rms_rotated(
     x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, table_2LE: Tensor, dim: int,
-    eps: float,
+    eps: float, parts: int = 1,
 ) -> Tensor:  # fmt: skip
-    """`rms_scaled`, cut into heads of twice the table's width, each turned: [L, B, A, E]."""
+    """`rms_scaled`, cut into heads of twice the table's width, each turned; then `heads_apart`."""
     if without_graph(x_LBD):
         normed = _kernels().rms(x_LBD, total_LB1, weight_D, dim, eps, table_2LE)
-        return normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1])  # type: ignore[no-any-return]
-    return _rms_rotated(x_LBD, total_LB1, weight_D, table_2LE, dim, eps)
+        return heads_apart(normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1]), parts)
+    return _rms_rotated(x_LBD, total_LB1, weight_D, table_2LE, dim, eps, parts)
+
+
+def heads_apart(x_LBAE: Tensor, parts: int) -> Tensor:
+    """One part of the heads of all tokens after the other: [parts * L, B, A / parts, E]."""
+    return x_LBAE if parts == 1 else _parts_first(x_LBAE, parts).flatten(0, 1)
+
+
+def _parts_first(x_LBAE: Tensor, parts: int) -> Tensor:
+    """A view: [parts, L, B, A / parts, E]."""
+    tokens, rows, heads, dim = x_LBAE.shape
+    return x_LBAE.reshape(tokens, rows, parts, heads // parts, dim).permute(2, 0, 1, 3, 4)
 
 
 def _rms(x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float) -> Tensor:
@@ -221,10 +232,13 @@ def _rms_scaled(
 @_fused
 def _rms_rotated(
     x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, table_2LE: Tensor, dim: int,
-    eps: float,
+    eps: float, parts: int,
 ) -> Tensor:  # fmt: skip
     normed = _rms(x_LBD, total_LB1, weight_D, dim, eps)
-    return rotate(normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1]), table_2LE)
+    heads = normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1])
+    if parts == 1:
+        return rotate(heads, table_2LE)
+    return rotate(_parts_first(heads, parts), table_2LE).flatten(0, 1)  # is written where it goes
 
 
 def joined(page_NTAE: Tensor, pages_BM: Tensor, own_BLAE: Tensor) -> Tensor:

@@ -42,6 +42,9 @@ _GRACE_S = 15.0
 _BEFORE_TIMEOUT = 0.95
 """Share of parallel.timeout_s after which a hang is told, before collectives give up."""
 
+_WAITS = {"parallel/collect.py": "all_gather", "parallel/exchange.py": "all_to_all"}
+"""What `wait` in these files waits for."""
+
 
 @dataclass(frozen=True, slots=True)
 class Beat:
@@ -274,6 +277,11 @@ def _count(group: dist.ProcessGroup | None) -> int:
         return -1
 
 
+def _place(path: str) -> str:
+    """A file's path inside the package; empty if it is not of it."""
+    return path.rpartition("/megatron_kvpo/")[2] if "/megatron_kvpo/" in path else ""
+
+
 def _collective(frame: FrameType | None) -> str:
     """The collective that a stack waits in and the package's line that called it, or nothing."""
     name = ""
@@ -281,10 +289,9 @@ def _collective(frame: FrameType | None) -> str:
         code = frame.f_code
         if code.co_filename.endswith("distributed_c10d.py"):
             name = code.co_name
-        elif code.co_filename.endswith("parallel/collect.py") and code.co_name == "wait":
-            name = name or "all_gather"
-        elif "/megatron_kvpo/" in code.co_filename:
-            place = code.co_filename.rpartition("/megatron_kvpo/")[2]
+        elif code.co_name == "wait" and (place := _place(code.co_filename)) in _WAITS:
+            name = name or _WAITS[place]
+        elif place := _place(code.co_filename):
             return f"{name} from {place}:{frame.f_lineno}" if name else ""
         frame = frame.f_back
     return name
