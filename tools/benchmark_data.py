@@ -44,6 +44,12 @@ _OWN = "megatron_kvpo"
 _LONGEST = 300
 """Characters of an error in a note."""
 
+_FAILURES = (
+    av.error.FFmpegError, RuntimeError, OSError, ValueError, LookupError, TypeError, AttributeError,
+    ImportError,
+)  # fmt: skip
+"""What readers and their libraries raise."""
+
 Read = Callable[[FileClip], Tensor]
 Save = Callable[[dict[str, Any]], None]
 Time = Callable[[int, int], float]
@@ -103,7 +109,7 @@ def _measure_codec(
             folder, clip, batch_size=options.batch, backend=options.backend,
             num_threads=options.threads,
         )  # fmt: skip
-    except Exception as error:
+    except _FAILURES as error:
         logger.exception("%s is not measured", codec)
         notes.append(_note(codec, "", f"not measured: {_line(error)}"))
         return
@@ -153,7 +159,7 @@ def _turns(
                     time_from(0, 1)
                 else:
                     spans[name].append(time_from((turn + 1) * options.batches, options.batches))
-            except Exception as error:
+            except _FAILURES as error:
                 logger.exception("%s %s failed", codec, name)
                 timings = f"after {len(spans[name])} of {options.repeats} timings"
                 notes.append(_note(codec, name, f"failed {timings}: {_line(error)}"))
@@ -241,7 +247,7 @@ def _others(
     try:
         from torchcodec.decoders import VideoDecoder
         from torchcodec.transforms import CenterCrop, Resize
-    except Exception as error:
+    except _FAILURES as error:
         text = f"left out, it is not installed or does not load: {_line(error)}"
         notes.append(_note("", "torchcodec", text))
         if not isinstance(error, ImportError):
@@ -276,7 +282,7 @@ def _no_cuda(decoder: Callable[..., Any], sample: Path, notes: list[dict[str, st
     """Why torchcodec decodes nothing on CUDA, noted; "" if it does."""
     try:
         decoder(str(sample), device="cuda", num_ffmpeg_threads=1).get_frames_at([0])
-    except Exception as error:
+    except _FAILURES as error:
         built = "unsupported device" not in str(error).lower()
         reason = "it fails on CUDA" if built else "this build has no CUDA"
         logger.exception("torchcodec is measured on the CPU: %s", reason)

