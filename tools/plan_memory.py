@@ -14,7 +14,7 @@ import torch
 from megatron_kvpo.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_kvpo.model.causal_wan import CausalWan
 from megatron_kvpo.model.lora import SLOTS, partition_of
-from megatron_kvpo.model.recompute import SPARE_BYTES
+from megatron_kvpo.model.recompute import planned, reserve_bytes
 from megatron_kvpo.model.specs import AdaptedLinear, Spec
 from megatron_kvpo.parallel.groups import start_ranks, stop_ranks
 from megatron_kvpo.records import Prompt
@@ -289,8 +289,8 @@ def _activations(
         return least, least, 1.0
     lent = place.lent * page_bytes(config.model, place.parallel)
     inside = min(blocks, int(lent // (size + size / 16)))
-    free = place.limit_gib * GIB - sum(held.values()) - SPARE_BYTES - 2 * size
-    kept = max(0, min(blocks - inside, int(free // size)))
+    free = int(place.limit_gib * GIB - sum(held.values())) - reserve_bytes(int(size))
+    kept, spared = planned(blocks - inside, free, int(size), int(own), [int(own)])
     again = blocks - inside - kept
-    taken = (kept + 0.5) * size + again * own + (size if again or inside else 0)
+    taken = (kept + 0.5) * size + (again + spared) * own + (size if again or inside else 0)
     return max(taken, least), least, again / blocks

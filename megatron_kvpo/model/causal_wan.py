@@ -82,7 +82,8 @@ class CausalWan(nn.Module):
             mark_replicated(parameter, sequence=False)
         grid = config.latent_height // config.patch[1], config.latent_width // config.patch[2]
         self._rotary = Rotary(config.head_dim, grid, config.max_frames)
-        self._captured, self.recompute = CapturedPasses(), Recompute()
+        self._captured = CapturedPasses()
+        self.recompute = Recompute((spec.ranks.tensor, spec.ranks.context))
         self.to(device)
         for name, parameter in self.named_parameters():
             if ".adapter." not in name and not spec.masters:  # what trains stays float32

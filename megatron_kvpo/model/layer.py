@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megatron_kvpo.config import ModelConfig
 from megatron_kvpo.model.attention import CrossAttention, SelfAttention
 from megatron_kvpo.model.fused import Form, Tokens, gated_add, residual_norm
+from megatron_kvpo.model.held import FFN
 from megatron_kvpo.model.lora import mark_replicated
 from megatron_kvpo.model.pages import PassPages
 from megatron_kvpo.model.sight import Sight
@@ -28,7 +29,7 @@ class FeedForward(nn.ModuleDict):
     def forward(self, hidden_LBD: Tokens) -> Tensor:
         """[L, B, D] -> [L, B, D]."""
         narrow: Any = self["2"]
-        return narrow(self["0"](hidden_LBD, gelu=narrow.form))  # type: ignore[no-any-return]
+        return narrow(self["0"](hidden_LBD, gelu=narrow.form), kind=FFN)  # type: ignore[no-any-return]
 
     @property
     def form(self) -> Form:

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_kvpo.model.eight_bits import KINDS, Product
 from megatron_kvpo.model.fused import EightBits, Form, gelu_in, without_graph
+from megatron_kvpo.model.held import Results
 from megatron_kvpo.model.lora import Adapter, LowRank
 
 
@@ -140,6 +142,7 @@ def dithered(x: Tensor, dtype: torch.dtype, seed: int) -> Tensor:
 def product(
     x: Tensor | EightBits, weight: Weight, bias: Tensor | None, adapter: Adapter | None, *,
     gelu: Form | None = None, partition: int = 0, group: dist.ProcessGroup | None = None,
+    known: Results | None = None,
 ) -> Tensor | EightBits:  # fmt: skip
     """One rank's part of a linear layer, [..., in] -> [..., out].
 
@@ -151,6 +154,7 @@ def product(
         gelu: return GELU(tanh) of the result, in this form.
         partition: see `weight`.
         group: tensor ranks, if the gradients of the adapter's whole matrix must be summed here.
+        known: the result, one tensor without a graph. Then only the graph is made.
     """
     acting = None if adapter is None else adapter.acting
     if not torch.is_grad_enabled():
@@ -158,12 +162,39 @@ def product(
     assert isinstance(x, Tensor)
     if not weight.parameter.requires_grad:
         pair = (None, None) if acting is None else (acting.down, acting.up)
-        out = _Product.apply(x, *pair, bias, weight, adapter, partition, group)  # type: ignore[no-untyped-call]
-    elif acting is None:
+        out = _Product.apply(x, *pair, bias, weight, adapter, partition, group, known)  # type: ignore[no-untyped-call]
+    elif acting is None and known is None:
         out = nn.functional.linear(x, weight.cast(weight.parameter), bias)
+    elif acting is None:
+        out = _graph_of(x, weight.cast(weight.parameter), bias, known)
     else:
         raise RuntimeError("a weight that trains has an adapter that acts: freeze the base")
     return out if gelu is None else nn.functional.gelu(out, approximate="tanh")
+
+
+def _graph_of(x: Tensor, weight: Tensor, bias: Tensor | None, known: Results | None) -> Tensor:
+    """A linear layer's result as it is known, and torch's own graph of it."""
+    instead = _Instead(known)
+    with instead:
+        flat = nn.functional.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    assert not instead.known, "torch multiplies by other means than it did: find them"
+    return flat.view(*x.shape[:-1], -1)
+
+
+class _Instead(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside, below autograd and autocast, a matrix product has the value that is known of it."""
+
+    def __init__(self, known: Results | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = known
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
+            return func(*args, **(kwargs or {}))
+        assert self.known is not None
+        (value,), self.known = self.known, None
+        assert value is not None
+        return value.view(-1, value.shape[-1])
 
 
 def _plain(
@@ -217,11 +248,16 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, down: Tensor | None, up: Tensor | None, bias: Tensor | None,
         weight: Weight, adapter: Adapter | None, partition: int, group: dist.ProcessGroup | None,
+        known: Results | None,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
         acting = None if adapter is None else adapter.acting
-        out, narrow = _sum(flat, weight, bias, acting, merged=False)
         trains = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        out, narrow = known[0] if known else None, None
+        if out is None:
+            out, narrow = _sum(flat, weight, bias, acting, merged=False)
+        elif trains and acting is not None:
+            narrow = torch.mm(flat, acting.acting_down.t())
         ctx.save_for_backward(*((flat, narrow) if trains else ()))
         ctx.weight, ctx.adapter, ctx.partition, ctx.group = weight, adapter, partition, group
         ctx.shape, ctx.trains, ctx.acting = x.shape, trains, acting
@@ -248,4 +284,4 @@ class _Product(torch.autograd.Function):
                 back, narrow = (summed, narrow) if ctx.partition == 0 else (back, summed)
             to_down = torch.mm(back.t(), x).to(acting.down.dtype)
             to_up = torch.mm(flat.t(), narrow).to(acting.up.dtype).mul_(ctx.adapter.scale)
-        return to_x, to_down, to_up, None, None, None, None, None
+        return to_x, to_down, to_up, None, None, None, None, None, None

@@ -1,13 +1,12 @@
 """Which blocks keep their activations for backward: as many as the memory holds.
 
 The first ones in pages that nobody needs meanwhile, if there are any, the next in memory that is
-free. Of those that are recomputed the results of attention may be held, where a pass has a sight:
-as much memory as a block's input, and half of its arithmetic.
+free. Of those that are recomputed some results may be held, see held.py: they come first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from megatron_kvpo.model.arena import Arena
-from megatron_kvpo.model.sight import Held
+from megatron_kvpo.model.held import KINDS, Held
+from megatron_kvpo.parallel.collect import smallest
+from megatron_kvpo.parallel.groups import Axis
 
 SPARE_BYTES = 3 * 2**29
 """Bytes left alone, for what backward and recomputation need for a moment."""
@@ -27,12 +28,14 @@ class Recompute:
     The first pass of a shape keeps one block and learns from it what a block takes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, axes: Sequence[Axis] = ()) -> None:
+        """`axes`: of ranks that talk within a block, and so run the same blocks again."""
         self.arena: Arena | None = None
         """Lent memory, while there is some."""
 
+        self._axes = axes
         self._bytes: dict[Any, int] = {}
-        self._held_bytes: dict[Any, int] = {}
+        self._held_bytes: dict[Any, dict[str, int]] = {}
 
     def run(
         self, mode: bool | str, blocks: list[Callable[..., Tensor]], hidden: Tensor,
@@ -42,7 +45,7 @@ class Recompute:
 
         `mode` True: recompute all blocks; False: none; "auto": those that do not fit.
         """
-        lent, kept, held = self._kept(mode, hidden, len(blocks))
+        lent, kept, *holding = self._kept(mode, hidden, len(blocks))
         measure = mode == "auto" and hidden.is_cuda and hidden.shape not in self._bytes
         if self.arena is not None:
             self.arena.reset()
@@ -56,40 +59,78 @@ class Recompute:
                 if measure:
                     self._bytes[hidden.shape] = torch.cuda.memory_allocated() - before
                     measure = False
-            elif number < lent + kept + held:
-                hidden = self._holding(block, hidden, own)
             else:
-                hidden = checkpoint(block, hidden, *own, use_reentrant=False)
+                again = number - lent - kept
+                kinds = [k for k, count in zip(KINDS, holding, strict=True) if again < count]
+                hidden = self._recomputed(block, hidden, own, kinds)
         return hidden
 
-    def _holding(
-        self, block: Callable[..., Tensor], hidden: Tensor, own: tuple[Any, ...]
+    def _recomputed(
+        self, block: Callable[..., Tensor], hidden: Tensor, own: tuple[Any, ...], kinds: list[str]
     ) -> Tensor:  # fmt: skip
-        held, shape = Held(), hidden.shape
+        if not kinds:
+            return checkpoint(block, hidden, *own, use_reentrant=False)  # type: ignore[no-any-return]
+        held, shape = Held(kinds), hidden.shape
         hidden = checkpoint(
             block, hidden, *own, use_reentrant=False,
             context_fn=lambda: (held.running(again=False), held.running(again=True)),
         )  # fmt: skip
-        self._held_bytes[shape] = held.num_bytes
+        self._held_bytes.setdefault(shape, {}).update({k: held.num_bytes(k) for k in kinds})
         return hidden
 
-    def _kept(self, mode: bool | str, hidden: Tensor, blocks: int) -> tuple[int, int, int]:
-        """Blocks that keep activations: in lent memory, in the GPU's; that hold attention."""
-        if mode != "auto":
-            return (0, 0, 0) if mode else (0, blocks, 0)
-        if not hidden.is_cuda:
-            return 0, blocks, 0
+    def _kept(self, mode: bool | str, hidden: Tensor, blocks: int) -> tuple[int, ...]:
+        """Blocks that keep activations: in lent memory, in the GPU's; that hold each kind.
+
+        Those that hold are counted from the first that is recomputed.
+        """
+        nothing = (0,) * len(KINDS)
+        if mode != "auto" or not hidden.is_cuda:
+            return 0, 0 if mode is True else blocks, *nothing
         size = self._bytes.get(hidden.shape)
         if size is None:
-            return 0, 1, min(1, blocks - 1)
+            return 0, 1, *(min(1, blocks - 1) for _ in KINDS)
+        held = [self._held_bytes.get(hidden.shape, {}).get(kind, 0) for kind in KINDS]
         lent = 0 if self.arena is None else min(blocks, self.arena.num_bytes // (size + size // 16))
-        free, left = free_bytes(hidden.device) - SPARE_BYTES - 2 * size, blocks - lent
-        held = self._held_bytes.get(hidden.shape, 0)
-        if not held:
-            return lent, max(0, min(left, free // max(1, size))), 0
-        free -= left * hidden.numel() * hidden.element_size()  # a recomputed block has its input
-        kept = max(0, min(left, (free - left * held) // max(1, size - held)))
-        return lent, kept, max(0, min(left - kept, (free - kept * size) // held))
+        free = free_bytes(hidden.device) - reserve_bytes(size)
+        sizes = [-n for n in (size, *held)]
+        free, lent, *sizes = smallest([free, lent, *sizes], self._axes, hidden.device)
+        size, *held = (-n for n in sizes)
+        own = hidden.numel() * hidden.element_size()
+        return lent, *planned(blocks - lent, free, size, own, held)
+
+
+def reserve_bytes(size: int) -> int:
+    """Left free where a block takes `size`: while one is recomputed it takes that once more."""
+    return SPARE_BYTES + size + size // 4
+
+
+def planned(
+    blocks: int, free: int, size: int, own: int, held: Sequence[int]
+) -> tuple[int, ...]:  # fmt: skip
+    """How many blocks are kept whole, and how many of the others hold each kind of results.
+
+    Results come first, kind after kind: they spare more a byte. What all of them leave is for whole
+    blocks.
+
+    Args:
+        blocks: that are not in lent memory.
+        free: bytes.
+        size: bytes of a whole block, its input included.
+        own: bytes of this input, which a recomputed block has anyway.
+        held: bytes of a block's results, of each kind.
+    """
+    each = own + sum(held)
+    kept = _fit(blocks, free - blocks * each, size - each)
+    left, counts = blocks - kept, []
+    free -= kept * size + left * own
+    for one in held:
+        counts.append(_fit(left, free, one) if one else 0)
+        free -= counts[-1] * one
+    return kept, *counts
+
+
+def _fit(count: int, free: int, each: int) -> int:
+    return max(0, min(count, free // max(1, each)))
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -21,14 +20,12 @@ import torch
 from torch import Tensor
 
 from megatron_kvpo.method_config import StreamConfig
+from megatron_kvpo.model.held import ATTENTION, Results, results_of
 from megatron_kvpo.model.sdpa import kernel_for
 from megatron_kvpo.routing import plain_context
 
 Stretch = tuple[int, int]
 """[start, stop) in tokens of the pass."""
-
-Results = tuple[Tensor | None, ...]
-"""What attention gave, and what backward wants of each batch of pieces; a kernel may leave gaps."""
 
 _KEYS_AT_ONCE = 160_000
 """Keys that are laid side by side for one call, at most, if a single piece has no more: eight
@@ -229,52 +226,13 @@ def attend_seen(
     return _Seen.apply(*inputs, sight)  # type: ignore[no-untyped-call, no-any-return]
 
 
-@dataclass(slots=True)
-class Held:
-    """Attention's results of a block that is recomputed: taken at the first run, used at the next.
-
-    They cost as much memory as the block's input, and half of its arithmetic to make again.
-    """
-
-    results: list[Results] = field(default_factory=list)
-    _again: bool = False
-
-    @property
-    def num_bytes(self) -> int:
-        """What they take."""
-        held = itertools.chain.from_iterable(self.results)
-        return sum(t.numel() * t.element_size() for t in held if t is not None)
-
-    @contextmanager
-    def running(self, *, again: bool) -> Iterator[None]:
-        """Inside, `attend_seen` leaves its results here, or takes them if it runs `again`."""
-        global _held
-        before, _held, self._again = _held, self, again
-        try:
-            yield
-        finally:
-            _held = before
-
-    def results_of(self, make: Callable[[], Results]) -> Results:
-        """What `make` makes, kept, or what it made in the first run, once."""
-        if self._again:
-            return self.results.pop(0)
-        made = make()
-        self.results.append(tuple(None if t is None else t.detach() for t in made))
-        return made
-
-
-_held: Held | None = None
-"""Of the block that runs under recomputation, if its attention is to be held."""
-
-
 class _Seen(torch.autograd.Function):
     """`attend_seen`. Keys are saved once, not as often as they are seen."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> Tensor:
         make = functools.partial(_forward, query, key, value, sight)
-        out, *rest = make() if _held is None else _held.results_of(make)
+        out, *rest = results_of(ATTENTION, make)
         ctx.save_for_backward(query, key, value, out, *rest)
         ctx.sight = sight
         assert out is not None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, mappings
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from megatron_kvpo.config import ModelConfig, ParallelConfig, PolicyConfig
 from megatron_kvpo.model.eight_bits import check_scaling, check_sizes
 from megatron_kvpo.model.fused import EightBits, Form, Tokens, without_graph
+from megatron_kvpo.model.held import Results, keep, taken
 from megatron_kvpo.model.lora import Adapter, Switch, mark_sharded
 from megatron_kvpo.model.product import Weight, product
 from megatron_kvpo.parallel.groups import Axis, Ranks
@@ -229,13 +231,17 @@ class AdaptedLinear(nn.Module):
         room = acts and not held.acts_merged and without_graph(self.weight)
         return Form(margin=held.margin) if room else Form()
 
-    def product(self, x: Tokens, bias: Tensor | None, gelu: Form | None = None) -> Any:
+    def product(
+        self, x: Tokens, bias: Tensor | None, gelu: Form | None = None,
+        known: Results | None = None,
+    ) -> Any:  # fmt: skip
         """This rank's part. Under sequence parallelism Megatron sums the adapter's gradients."""
         group = None if self._sequence or self._axis.size == 1 else self._axis.group
         bias = None if bias is None else self._held.cast(bias)
         return product(
-            x, self._held, bias, self.adapter, gelu=gelu, partition=self._partition, group=group
-        )
+            x, self._held, bias, self.adapter, gelu=gelu, partition=self._partition, group=group,
+            known=known,
+        )  # fmt: skip
 
 
 def prepare(model: nn.Module) -> None:
@@ -258,15 +264,50 @@ class _Column(AdaptedLinear, ColumnParallelLinear):  # type: ignore[misc]
 class _Row(AdaptedLinear, RowParallelLinear):  # type: ignore[misc]
     """Weight and adapter are summed over the ranks together."""
 
-    def forward(self, x: Tokens) -> Tensor:
+    def forward(self, x: Tokens, *, kind: str = "") -> Tensor:
+        """`kind`: of results, by which a block may hold this one: see held.py."""
+        known = taken(kind)
         if self._axis.size == 1:
-            return self.product(x, self.bias)  # type: ignore[no-any-return]
-        part, group = self.product(x, None), self._axis.group
-        if self._sequence:
-            whole = mappings.reduce_scatter_to_sequence_parallel_region(part, group=group)
+            whole = self.product(x, self.bias, known=known)
+        elif known is None:
+            whole = self._summed(self.product(x, None))
         else:
-            whole = mappings.reduce_from_tensor_model_parallel_region(part, group)
-        return whole + self._held.cast(self.bias)  # type: ignore[no-any-return]
+            assert isinstance(x, Tensor)
+            whole = self._graph_of_sum(x, known)
+        if known is None:
+            keep(kind, (whole,))
+        return whole if self._axis.size == 1 else whole + self._held.cast(self.bias)  # type: ignore[no-any-return]
+
+    def _summed(self, part: Tensor) -> Tensor:
+        """Over the tensor ranks, each of which has its tokens or all."""
+        group = self._axis.group
+        if self._sequence:
+            return mappings.reduce_scatter_to_sequence_parallel_region(part, group=group)  # type: ignore[no-any-return]
+        return mappings.reduce_from_tensor_model_parallel_region(part, group)  # type: ignore[no-any-return]
+
+    def _graph_of_sum(self, x: Tensor, known: Results) -> Tensor:
+        """The sum as it is known, and its graph: nothing is multiplied, nothing travels."""
+        assert known[0] is not None
+        unread = known[0].new_empty(*x.shape[:-1], known[0].shape[-1])
+        part = self.product(x, None, known=(unread,))
+        return _Summed.apply(part, known, self._axis.group if self._sequence else None)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _Summed(torch.autograd.Function):
+    """A sum over the tensor ranks that is known. Backward is that of Megatron's."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, known: Results, group: dist.ProcessGroup | None) -> Any:
+        ctx.group = group
+        return known[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.group is not None:
+            grad = mappings.gather_from_sequence_parallel_region(
+                grad, tensor_parallel_output_grad=False, group=ctx.group
+            )
+        return grad, None, None
 
 
 def _share_input(x_LBD: Tokens, axis: Axis, *, sequence: bool) -> Tokens:

@@ -144,6 +144,18 @@ def largest(values: Sequence[float], ranks: Ranks) -> list[float]:
     return found
 
 
+def smallest(values: Sequence[int], axes: Sequence[Axis], device: torch.device) -> list[int]:
+    """The smallest of each number that any rank of these axes has. Collective over them."""
+    if all(axis.size == 1 for axis in axes):
+        return [*values]
+    told = torch.tensor(values, dtype=torch.int64, device=device)
+    for axis in axes:
+        if axis.size > 1:
+            dist.all_reduce(told, op=dist.ReduceOp.MIN, group=axis.group)
+    found: list[int] = told.tolist()
+    return found
+
+
 def broadcast_object(value: T, axis: Axis) -> T:
     """The first rank's `value`, on every rank of the axis. It must pickle."""
     if axis.size == 1:

@@ -43,7 +43,7 @@ def losses(tmp_path, ranks: Ranks, *overrides: str, held: bool = False) -> list[
     config = recipe(tmp_path, *WIDE, "fitting.caption_drop=0", *overrides)
     learner: Learner = lively(config, ranks, empty_text(config))
     if held:
-        learner.model.recompute._kept = lambda mode, hidden, blocks: (0, 0, blocks)
+        learner.model.recompute._kept = lambda mode, hidden, blocks: (0, 0, blocks, blocks)
     batch = Clips(config, ranks).batch(0, 0, 4)
     batch = type(batch)(**{n: getattr(batch, n).cuda() for n in batch.__slots__})
     return [float(learner.train_step(batch, 0, own=s > 2, scale=1.0)) for s in range(6)]

@@ -14,6 +14,7 @@ from megatron_kvpo.parallel.collect import (
     gather_rows,
     mean_over,
     share_of,
+    smallest,
 )
 from megatron_kvpo.parallel.groups import Axis, start_ranks, stop_ranks
 from tests.ranks import on_ranks
@@ -45,6 +46,7 @@ def _collect(rank: int, axis: Axis) -> dict[str, Any]:
         "object": broadcast_object({"plan": (rank, "routed")}, axis),
         "equal": [all_equal(x, axis) for x in (same, minus, off, nan, torch.zeros(0))],
         "share": list(share_of(6, axis)),
+        "smallest": smallest([rank, 2**40 - rank], [axis], torch.device("cpu")),
     }
 
 
@@ -80,6 +82,7 @@ def test_four_ranks_divide_as_promised_and_tell_each_other_the_truth(tmp_path):
                 assert result[sizes][name] == expected, (sizes, name, rank)
     for rank, result in enumerate(results):
         got = result["collect"]
+        assert got["smallest"] == [0, 2**40 - 3]
         assert got["rows"].tolist() == [
             [0, 1], [2, 3], [200, 201], [202, 203], [204, 205], [300, 301],
         ]  # fmt: skip

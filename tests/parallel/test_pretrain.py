@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_kvpo.model.recompute import Recompute
+from megatron_kvpo.model.specs import _Row
 from tests.ranks import on_ranks
 from tests.unit.tiny_pretrain import LORA, Trace, recipe, run
 
@@ -24,6 +28,8 @@ LAYOUTS = {
     "lora": [*SEQUENCE, *LORA],
 }  # fmt: skip
 ALONE = {"teacher": [], "diffusion": LAYOUTS["diffusion"][1:], "lora": LORA}
+HELD = {name: LAYOUTS[name] for name in ("sequence", "tensor", "context", "lora")}
+PLANS = {"again": (0, 0, 0, 0), "held": (0, 0, 2, 2)}
 RESUMED = {
     "data": [], "distributed": ["optimizer.distributed=true"], "sequence": [*SEQUENCE, *LORA],
 }  # fmt: skip
@@ -44,10 +50,23 @@ def same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: str) ->
     assert not unequal, f"{where}: {len(unequal)} differ, first {unequal[:3]}"
 
 
+def _noted(function: Callable[..., Any], notes: list[int]) -> Callable[..., Any]:
+    return lambda *args: notes.append(1) or function(*args)
+
+
 def _train(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: run(recipe(folder, f"name={name}", *more)) for name, more in LAYOUTS.items()
     }
+    for name, more in HELD.items():
+        for plan, counts in PLANS.items():
+            sums = []
+            with (
+                mock.patch.object(Recompute, "_kept", lambda *_, counts=counts: counts),
+                mock.patch.object(_Row, "_summed", _noted(_Row._summed, sums)),
+            ):
+                found[f"{name}_{plan}"] = run(recipe(folder, f"name={name}_{plan}", *more))
+            found[f"{name}_{plan}_sums"] = len(sums)
     for name, more in RESUMED.items():
         every = [*more, "checkpoint.every=2"]
         found[f"{name}_whole"] = run(recipe(folder, f"name={name}_whole", *every))
@@ -78,6 +97,20 @@ def test_two_ranks_train_as_one_however_they_are_divided(two, tmp_path):
     own = moved.losses[2:]
     other = run(recipe(tmp_path, "name=never", "fitting.own_estimates_from=1")).losses[2:]
     assert own != pytest.approx(other, rel=1e-3), "own estimates change nothing"
+
+
+@pytest.mark.gloo
+@pytest.mark.parametrize("name", HELD)
+def test_held_results_change_no_bit_and_are_summed_over_tensor_ranks_once(two, name):
+    """Two layers of three sums, in four steps and two estimates; the second run leaves one out."""
+    for rank in two:
+        again, held = (rank[f"{name}_{plan}"] for plan in PLANS)
+        assert held.losses == again.losses
+        for ours, theirs in zip(held.gradients, again.gradients, strict=True):
+            same_bits(ours, theirs, name)
+        same_bits(held.weights, again.weights, name)
+        sums = [rank[f"{name}_{plan}_sums"] for plan in PLANS]
+        assert sums == ([0, 0] if name == "context" else [60, 52])
 
 
 @pytest.mark.gloo

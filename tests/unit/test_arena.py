@@ -108,7 +108,7 @@ def test_a_replay_goes_backward_through_lent_pages_as_without(ranks, monkeypatch
         pages = list(sampled.prefix.tables[0].pages.values())
         before = tiny.world.pool.key[:, pages].clone()
         if lends:
-            kept = lambda self, mode, hidden, blocks: (blocks, 0, 0)  # noqa: E731
+            kept = lambda self, mode, hidden, blocks: (blocks, 0, 0, 0)  # noqa: E731
             monkeypatch.setattr(Recompute, "_kept", kept)
             reset = Arena.reset
             monkeypatch.setattr(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_kvpo.data.embeddings import add_texts
 from megatron_kvpo.model import sight
+from megatron_kvpo.model.held import FFN, Held
 from megatron_kvpo.records import LatentBatch
 from megatron_kvpo.training import forcing as module
 from megatron_kvpo.training.forcing import pick_segments
@@ -158,20 +162,85 @@ def test_in_bfloat16_what_trains_is_float32_and_learns_as_in_float32(tmp_path, r
     assert losses["bfloat16"][-1] < 0.97 * losses["bfloat16"][0]
 
 
-def test_blocks_that_hold_their_attention_train_to_the_same_bits(tmp_path, ranks, monkeypatch):
+class Products(TorchDispatchMode):
+    """How often the feed-forward's second product is computed."""
+
+    def __init__(self, ffn_dim: int) -> None:
+        super().__init__()
+        self.ffn_dim, self.runs = ffn_dim, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func == torch.ops.aten.addmm.default:
+            self.runs += args[1].shape[-1] == self.ffn_dim
+        return func(*args, **(kwargs or {}))
+
+
+PLANS = {"kept": (0, 2, 0, 0), "again": (0, 0, 0, 0), "attention": (0, 0, 2, 0),
+         "ffn": (0, 0, 0, 2), "both": (0, 0, 2, 2), "mixed": (0, 1, 1, 0)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [], LORA, [*LORA, "model.fp8=[ffn]"], ["model.dtype=bfloat16"],
+        [*LORA, "model.dtype=bfloat16"], ["fitting.autocast=true"],
+    ],
+    ids=lambda more: " ".join(more) or "full",
+)  # fmt: skip
+def test_blocks_that_hold_results_train_to_the_same_bits(tmp_path, ranks, monkeypatch, more):
     forward, runs, found = sight._forward, [], {}
     monkeypatch.setattr(sight, "_forward", lambda *a: runs.append(1) or forward(*a))
-    for name, kept in (("kept", (0, 2, 0)), ("held", (0, 0, 2)), ("mixed", (0, 1, 1))):
-        config = recipe(tmp_path)
+    counts = "model.dtype=bfloat16" not in more and "model.fp8=[ffn]" not in more
+    for name, kept in PLANS.items():
+        config = recipe(tmp_path, *more)
         learner = lively(config, ranks, empty_text(config))
         monkeypatch.setattr(learner.model.recompute, "_kept", lambda *a, kept=kept: kept)
         runs.clear()
-        learner.train_step(Clips(config, ranks).batch(0, 0, 4), 0, own=True, scale=1.0)
-        assert len(runs) == 2 * config.model.num_layers  # the estimate's pass, and one forward
-        found[name] = {n: p.detach().clone() for n, p in learner.trained.items()}
-    for name in ("held", "mixed"):
+        with Products(config.model.ffn_dim) as products:
+            learner.train_step(Clips(config, ranks).batch(0, 0, 4), 0, own=True, scale=1.0)
+        least = 2 * config.model.num_layers  # the estimate's pass, and one forward
+        again = config.model.num_layers - kept[1]
+        assert len(runs) == least + again - kept[2]
+        if counts or more == ["model.dtype=bfloat16"]:
+            assert products.runs == least + again - kept[3]
+        found[name] = {n: p.main_grad.clone() for n, p in learner.trained.items()}
+        assert all(g.any() for n, g in found[name].items() if n.endswith("ffn.2.weight"))
+    for name in found:
         for weight, value in found["kept"].items():
             assert torch.equal(found[name][weight], value), (name, weight)
+
+
+@pytest.mark.parametrize("more", [[], LORA])
+def test_what_is_held_is_a_result_a_block_and_goes_in_backward(
+    tmp_path, ranks, monkeypatch, more
+):  # fmt: skip
+    config = recipe(tmp_path, *more)
+    learner = lively(config, ranks, empty_text(config))
+    monkeypatch.setattr(learner.model.recompute, "_kept", lambda *a: (0, 0, 0, 2))
+    made, refs, init = [], [], Held.__init__
+
+    def watched(self, *args):
+        init(self, *args)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(Held, "__init__", watched)
+    batch = Clips(config, ranks).batch(0, 0, 4)
+    with learner.acting():
+        loss = learner.forcing.loss_sum(learner.forcing.rows(batch, 0, 0, own=False), own=False)
+        tokens = learner.forcing.sight.num_tokens
+        for held in (ref() for ref in made):
+            (result,) = (t for results in held.results[FFN] for t in results)
+            assert result.shape == (tokens, 4, config.model.hidden_dim)
+            assert held.num_bytes(FFN) == result.numel() * 4
+            assert result.grad_fn is None
+            refs.append(weakref.ref(result.untyped_storage()))
+        del held, result
+        loss.backward()
+    assert len(made) == len(refs) == 2
+    del loss
+    gc.collect()
+    assert not any(ref() for ref in made)
+    assert not any(ref() for ref in refs)
 
 
 class OneEnd:

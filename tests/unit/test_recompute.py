@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from megatron_kvpo.model import recompute
+from megatron_kvpo.model.held import ATTENTION, FFN, KINDS, results_of
 from megatron_kvpo.model.recompute import Recompute
 
 BLOCKS, SIZE, GIB, SPARE = 5, 400 * 2**20, 2**30, recompute.SPARE_BYTES
+OWN = 2 * 3 * 4
+"""Bytes of a block's input."""
+
+LEFT, INPUTS = SPARE + SIZE * 5 // 4, BLOCKS * OWN
 
 
 class Block:
@@ -77,12 +82,13 @@ def memory(monkeypatch) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("free", "kept"),
     [
-        (0, 0), (SPARE, 0), (SPARE + 3 * SIZE - 1, 0), (SPARE + 3 * SIZE, 1), (SPARE + 5 * SIZE, 3),
-        (SPARE + 7 * SIZE, BLOCKS), (100 * GIB, BLOCKS),
+        (0, 0), (LEFT, 0), (LEFT + INPUTS + SIZE - OWN - 1, 0), (LEFT + INPUTS + SIZE - OWN, 1),
+        (LEFT + INPUTS + 3 * (SIZE - OWN), 3), (LEFT + 5 * SIZE - 1, 4), (LEFT + 5 * SIZE, BLOCKS),
+        (100 * GIB, BLOCKS),
     ],
 )  # fmt: skip
 def test_auto_keeps_one_block_of_a_new_shape_and_then_as_many_as_fit(memory, free, kept):
-    """The reserve and two blocks' worth are left alone."""
+    """The reserve and 5/4 of a block are left alone; who is recomputed has its input."""
     passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
     assert ran("auto", hidden, passes)[0] == [1, *[2] * (BLOCKS - 1)]
     memory["free"] = free
@@ -92,16 +98,65 @@ def test_auto_keeps_one_block_of_a_new_shape_and_then_as_many_as_fit(memory, fre
 
 
 @pytest.mark.parametrize(
-    ("free", "kept", "held"),
-    [(0, 0, 0), (4, 0, 4), (5, 0, 5), (7, 0, 5), (8, 1, 4), (11, 2, 3), (20, BLOCKS, 0)],
-)
-def test_attention_is_held_where_whole_blocks_do_not_fit(memory, free, kept, held):
-    """A block takes 4 units, its attention 1; inputs of all blocks are paid first."""
+    ("free", "kept", "attention", "ffn"),
+    [
+        (-1, 0, 0, 0), (0, 0, 0, 0), (7, 0, 3, 1), (9, 0, 4, 1), (10, 0, 5, 0), (12, 0, 5, 2),
+        (15, 0, 5, 5), (19, 0, 5, 5), (20, 1, 4, 4), (24, 1, 4, 4), (35, 4, 1, 1), (40, 5, 0, 0),
+    ],
+)  # fmt: skip
+def test_attention_is_held_first_then_the_feed_forward_then_whole_blocks(
+    memory, free, kept, attention, ffn
+):
+    """A block takes 8 units and its input, its attention 2, its feed-forward's result 1."""
     passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
-    passes._bytes[hidden.shape], passes._held_bytes[hidden.shape] = 4 * GIB, GIB
-    inputs = BLOCKS * hidden.numel() * hidden.element_size()
-    memory["free"] = SPARE + 8 * GIB + inputs + free * GIB
-    assert passes._kept("auto", hidden, BLOCKS) == (0, kept, held)
+    size = 8 * GIB + OWN
+    passes._bytes[hidden.shape] = size
+    passes._held_bytes[hidden.shape] = {ATTENTION: 2 * GIB, FFN: GIB}
+    memory["free"] = SPARE + size + size // 4 + INPUTS + free * GIB
+    assert passes._kept("auto", hidden, BLOCKS) == (0, kept, attention, ffn)
+
+
+def test_lent_memory_takes_the_first_blocks_and_a_pass_without_a_sight_holds_one_kind(memory):
+    passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
+    passes._bytes[hidden.shape], passes._held_bytes[hidden.shape] = 16 * GIB, {FFN: GIB}
+    passes.arena = SimpleNamespace(num_bytes=35 * GIB)
+    memory["free"] = SPARE + 20 * GIB + 2 * GIB + INPUTS
+    assert passes._kept("auto", hidden, BLOCKS) == (2, 0, 0, 2)
+
+
+def test_ranks_that_talk_within_a_block_follow_the_one_that_has_least(memory, monkeypatch):
+    axes, asked = (SimpleNamespace(size=2),), []
+
+    def smallest(values: list[int], over: object, device: torch.device) -> list[int]:
+        asked.append((values, over))
+        return [values[0] - 9 * GIB, values[1], values[2] - GIB, *values[3:]]
+
+    monkeypatch.setattr(recompute, "smallest", smallest)
+    passes, hidden = Recompute(axes), torch.ones(2, 3).as_subclass(OnGpu)
+    passes._bytes[hidden.shape], passes._held_bytes[hidden.shape] = 8 * GIB, {FFN: GIB}
+    memory["free"] = SPARE + 10 * GIB + INPUTS + 12 * GIB
+    assert passes._kept("auto", hidden, BLOCKS) == (0, 0, 0, 3)
+    assert asked == [([12 * GIB + INPUTS, 0, -8 * GIB, 0, -GIB], axes)]
+
+
+class Holder(Block):
+    """Leaves results of both kinds, or takes them: h -> sin(factor h)."""
+
+    def __call__(self, hidden: Tensor, factor: float) -> Tensor:
+        made = super().__call__(hidden, factor)
+        for kind in KINDS:
+            results_of(kind, lambda: (made, None))
+        return made
+
+
+def test_the_first_pass_learns_what_a_block_holds(memory, monkeypatch):
+    passes = Recompute()
+    hidden = torch.ones(2, 3).as_subclass(OnGpu).requires_grad_()
+    passes.run("auto", [Holder() for _ in range(3)], hidden, [(1.0,)] * 3)
+    assert passes._held_bytes == {hidden.shape: {ATTENTION: OWN, FFN: OWN}}
+    monkeypatch.setattr(Recompute, "_kept", lambda *_: (0, 0, 2, 0))
+    passes.run("auto", [Holder() for _ in range(3)], hidden, [(1.0,)] * 3)
+    assert passes._held_bytes[hidden.shape][FFN] == OWN, "who holds one kind says nothing of others"
 
 
 @pytest.mark.parametrize(

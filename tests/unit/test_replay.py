@@ -9,6 +9,7 @@ from megatron_kvpo.algorithm.advantage import advantages
 from megatron_kvpo.algorithm.energy import branch_log_probs, trajectory_velocity_energy
 from megatron_kvpo.config import AdvantageConfig
 from megatron_kvpo.flow import clean_from_velocity, sampler_sigmas
+from megatron_kvpo.model.recompute import Recompute
 from megatron_kvpo.parallel.seeds import noise
 from megatron_kvpo.rollout.replay import replay, replay_targets
 from tests.unit import small
@@ -331,3 +332,24 @@ def test_recompute_gives_a_replays_gradients_too(ranks, switch):
         sampled.release()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_replay_that_holds_results_has_the_bits_of_one_that_recomputes(ranks, monkeypatch):
+    found = []
+    for holds in (0, 2):
+        monkeypatch.setattr(Recompute, "_kept", lambda *_, holds=holds: (0, 0, 0, holds))
+        tiny = small.build(ranks, "policy.max_rows=2")
+        tiny.stir("current", "old", size=0.05)
+        sampled, products = tiny.roll_out(), []
+        for block in tiny.model.blocks:
+            narrow = block.ffn["2"]
+            whole = narrow._held.times
+            narrow._held.times = lambda *a, whole=whole, products=products, **how: (
+                products.append(1) or whole(*a, **how)
+            )
+        found.append((gradients(tiny, sampled), len(products)))
+        sampled.release()
+    (here, twice), (there, once) = found
+    assert twice > once > 0
+    for name, gradient in here.items():
+        assert torch.equal(there[name], gradient), name

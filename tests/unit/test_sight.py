@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_kvpo.config import StreamConfig
+from megatron_kvpo.model import held as holding
 from megatron_kvpo.model import sight as module
+from megatron_kvpo.model.held import ATTENTION, Held
 from megatron_kvpo.model.sdpa import kernel_for
 from megatron_kvpo.model.sight import (
-    Held,
     Piece,
     Sight,
     Sums,
@@ -132,11 +133,11 @@ def test_recomputation_gives_the_same_bits_and_holding_runs_attention_once(held,
         more["context_fn"] = lambda: (held.running(again=False), held.running(again=True))
     out = checkpoint(block, *inputs, use_reentrant=False, **more)
     if held is not None:
-        assert held.num_bytes >= out.numel() * out.element_size()
+        assert held.num_bytes(ATTENTION) >= out.numel() * out.element_size()
     found = torch.autograd.grad(out, inputs, gradient)
     assert len(runs) == (2 if held is None else 1)
-    assert held is None or held.num_bytes == 0
-    assert module._held is None
+    assert held is None or held.num_bytes(ATTENTION) == 0
+    assert holding._held is None
     for mine, theirs in zip(
         found, torch.autograd.grad(block(*inputs), inputs, gradient), strict=True
     ):
