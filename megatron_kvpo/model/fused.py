@@ -1,7 +1,7 @@
 """What lies between matrix products and attention: one pass over the tokens each on a GPU.
 
-Moving memory, not arithmetic, is their cost. On a GPU a pass without a graph runs `kernels.py`; one
-with a graph is compiled, forward and backward; elsewhere all run as they are written here.
+Moving memory, not arithmetic, is their cost. On a GPU a pass without a graph runs `kernels.py`, one
+with a graph `norm_kernels.py`; elsewhere all run as they are written here.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ def _kernels() -> ModuleType:
     from megatron_kvpo.model import kernels  # needs Triton, which CPU builds of torch lack
 
     return kernels
+
+
+@functools.cache
+def _norms() -> ModuleType:
+    from megatron_kvpo.model import norm_kernels
+
+    return norm_kernels
 
 
 def without_graph(x: Tensor) -> bool:
@@ -94,10 +101,15 @@ def residual_norm(
     form = form or Form()
     if without_graph(x_LBD):
         return _normed_in(x_LBD, update_LBD, gate, shift, scale, eps, plus_one, form)
+    if x_LBD.is_cuda:
+        return _norms().residual_norm(  # type: ignore[no-any-return]
+            x_LBD, update_LBD, gate, shift, scale, eps, plus_one=plus_one
+        )
     if update_LBD is not None:
         x_LBD = gated_add(x_LBD, update_LBD, gate)
     if plus_one:
-        normed = _modulated_norm(x_LBD, shift, scale, eps)
+        normed = nn.functional.layer_norm(x_LBD, x_LBD.shape[-1:], None, None, eps)
+        normed = modulated(normed, shift, scale)
     else:
         normed = nn.functional.layer_norm(x_LBD, x_LBD.shape[-1:], scale, shift, eps)
     return x_LBD, in_form(normed, form)
@@ -137,12 +149,6 @@ def gelu_in(x_LBD: Tensor, form: Form) -> Tokens:
     return EightBits(tokens, unit, whole, tuple(x_LBD.shape), x_LBD.dtype)
 
 
-@_fused
-def _modulated_norm(x_LBD: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    normed = nn.functional.layer_norm(x_LBD, x_LBD.shape[-1:], None, None, eps)
-    return modulated(normed, shift, scale)
-
-
 def modulated(x_LBD: Tensor, shift_UBD: Tensor, scale_UBD: Tensor) -> Tensor:
     """X (1 + scale) + shift; U is 1, L, or a number of parts of L that share one each."""
     if shift_UBD.dim() < 3 or shift_UBD.shape[0] in (1, x_LBD.shape[0]):
@@ -162,13 +168,10 @@ def gated_add(x_LBD: Tensor, update_LBD: Tensor, gate: Tensor | None) -> Tensor:
         return _kernels().residual_norm(  # type: ignore[no-any-return]
             x_LBD, update_LBD, gate, None, None, 0.0
         )[0]
+    if x_LBD.is_cuda:
+        return _norms().gated_add(x_LBD, update_LBD, gate)  # type: ignore[no-any-return]
     if gate is None:
         return x_LBD + update_LBD
-    return _gated_add(x_LBD, update_LBD, gate)
-
-
-@_fused
-def _gated_add(x_LBD: Tensor, update_LBD: Tensor, gate: Tensor) -> Tensor:
     if gate.shape[0] in (1, x_LBD.shape[0]):
         return torch.addcmul(x_LBD, update_LBD, gate)
     parts, updates = _in_parts(x_LBD, gate), _in_parts(update_LBD, gate)
@@ -188,9 +191,10 @@ def rms_scaled(
 
     `total` is the sum of squares over all `dim` features of which x holds a share; None: x has all.
     """
-    if without_graph(x_LBD):
-        return _kernels().rms(x_LBD, total_LB1, weight_D, dim, eps)  # type: ignore[no-any-return]
-    return _rms_scaled(x_LBD, total_LB1, weight_D, dim, eps)
+    if x_LBD.is_cuda:
+        kernels = _kernels() if without_graph(x_LBD) else _norms()
+        return kernels.rms(x_LBD, total_LB1, weight_D, dim, eps)  # type: ignore[no-any-return]
+    return _rms(x_LBD, total_LB1, weight_D, dim, eps)
 
 
 def rms_rotated(
@@ -198,10 +202,14 @@ def rms_rotated(
     eps: float, parts: int = 1,
 ) -> Tensor:  # fmt: skip
     """`rms_scaled`, cut into heads of twice the table's width, each turned; then `heads_apart`."""
-    if without_graph(x_LBD):
-        normed = _kernels().rms(x_LBD, total_LB1, weight_D, dim, eps, table_2LE)
-        return heads_apart(normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1]), parts)
-    return _rms_rotated(x_LBD, total_LB1, weight_D, table_2LE, dim, eps, parts)
+    if x_LBD.is_cuda:
+        kernels = _kernels() if without_graph(x_LBD) else _norms()
+        return kernels.rms(  # type: ignore[no-any-return]
+            x_LBD, total_LB1, weight_D, dim, eps, table_2LE, parts
+        )
+    normed = _rms(x_LBD, total_LB1, weight_D, dim, eps)
+    heads = normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1])
+    return rotate(_parts_first(heads, parts), table_2LE).flatten(0, 1)
 
 
 def heads_apart(x_LBAE: Tensor, parts: int) -> Tensor:
@@ -220,25 +228,6 @@ def _rms(x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, ep
     if total_LB1 is None:
         total_LB1 = wide.square().sum(dim=-1, keepdim=True)
     return (wide * torch.rsqrt(total_LB1 / dim + eps)).to(x_LBD.dtype) * weight_D
-
-
-@_fused
-def _rms_scaled(
-    x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float
-) -> Tensor:
-    return _rms(x_LBD, total_LB1, weight_D, dim, eps)
-
-
-@_fused
-def _rms_rotated(
-    x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, table_2LE: Tensor, dim: int,
-    eps: float, parts: int,
-) -> Tensor:  # fmt: skip
-    normed = _rms(x_LBD, total_LB1, weight_D, dim, eps)
-    heads = normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1])
-    if parts == 1:
-        return rotate(heads, table_2LE)
-    return rotate(_parts_first(heads, parts), table_2LE).flatten(0, 1)  # is written where it goes
 
 
 def joined(page_NTAE: Tensor, pages_BM: Tensor, own_BLAE: Tensor) -> Tensor:

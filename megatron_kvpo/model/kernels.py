@@ -19,9 +19,16 @@ _CHUNK = 8192
 
 
 @triton.jit
+def modulation(values, row, rows, span, far, column, live):
+    """What a row of tokens is modulated by: see `rows_of`."""
+    at = ((row // span) * rows + row % rows) * far + column
+    return tl.load(values + at, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _norm_kernel(
-    x, update, gate, shift, scale, total, out, tokens, unit, dim, gate_rows, gate_row, mod_rows,
-    mod_row, out_row, eps,
+    x, update, gate, shift, scale, total, out, tokens, unit, dim, gate_rows, gate_span, gate_far,
+    mod_rows, mod_span, mod_far, out_row, eps,
     ADD: tl.constexpr, GATE: tl.constexpr, NORM: tl.constexpr, ONE: tl.constexpr,
     WHOLE: tl.constexpr, EIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -32,8 +39,7 @@ def _norm_kernel(
     if ADD:
         change = tl.load(update + row * dim + column, mask=live, other=0.0).to(tl.float32)
         if GATE:
-            at = (row % gate_rows) * gate_row + column
-            change *= tl.load(gate + at, mask=live, other=0.0).to(tl.float32)
+            change *= modulation(gate, row, gate_rows, gate_span, gate_far, column, live)
         rounded = (value + change).to(total.dtype.element_ty)
         tl.store(total + row * dim + column, rounded, mask=live)
         value = rounded.to(tl.float32)
@@ -42,11 +48,9 @@ def _norm_kernel(
         centred = tl.where(live, value - mean, 0.0)
         deviation = tl.sum(centred * centred, axis=0) / dim
         normed = centred * tl.rsqrt(deviation + eps)
-        at = (row % mod_rows) * mod_row + column
-        factor = tl.load(scale + at, mask=live, other=0.0).to(tl.float32)
-        if ONE:
-            factor += 1.0
-        normed = normed * factor + tl.load(shift + at, mask=live, other=0.0).to(tl.float32)
+        factor = modulation(scale, row, mod_rows, mod_span, mod_far, column, live) + ONE
+        normed = normed * factor
+        normed += modulation(shift, row, mod_rows, mod_span, mod_far, column, live)
         if WHOLE:
             tl.store(out + row * out_row + column, normed.to(out.dtype.element_ty), mask=live)
         if EIGHT > 0:
@@ -76,21 +80,20 @@ def residual_norm(
     total = x_LBD
     if update_LBD is not None:
         update_LBD = update_LBD.contiguous()
-        total = torch.empty_like(x_LBD)
+        kind = torch.promote_types(x_LBD.dtype, update_LBD.dtype)
+        total = torch.empty_like(x_LBD, dtype=kind)
     out, tokens, unit = x_LBD, None, None
     if scale is not None and whole:
-        out = x_LBD.new_empty(length, rows, dim + margin)
+        out = total.new_empty(length, rows, dim + margin)
     if eight is not None:
         tokens, unit = _places(length * rows, dim, eight, x_LBD.device)
-    gate_rows, gate_row = _rows(gate)
-    mod_rows, mod_row = _rows(scale)
     block = triton.next_power_of_2(dim)
     _norm_kernel[(length * rows,)](
-        x_LBD, update_LBD, gate, shift, scale, total, out, tokens, unit, dim, gate_rows, gate_row,
-        mod_rows, mod_row, dim + margin, eps,
-        ADD=update_LBD is not None, GATE=gate is not None, NORM=scale is not None, ONE=plus_one,
-        WHOLE=whole, EIGHT=0.0 if eight is None else torch.finfo(eight).max,
-        BLOCK=block, num_warps=_warps(block),
+        x_LBD, update_LBD, gate, shift, scale, total, out, tokens, unit, dim,
+        *rows_of(gate, length, rows), *rows_of(scale, length, rows), dim + margin, eps,
+        ADD=update_LBD is not None, GATE=gate is not None, NORM=scale is not None,
+        ONE=float(plus_one), WHOLE=whole, EIGHT=0.0 if eight is None else torch.finfo(eight).max,
+        BLOCK=block, num_warps=warps(block),
     )  # fmt: skip
     return total, out, tokens, unit
 
@@ -100,34 +103,43 @@ def _places(rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> tu
     return tokens, torch.empty(rows, 1, dtype=torch.float32, device=device)
 
 
-def _rows(modulation: Tensor | None) -> tuple[int, int]:
-    """How many rows a modulation [..., D] has, and how far they lie apart."""
-    if modulation is None:
-        return 1, 0
-    count = modulation.numel() // modulation.shape[-1]
-    return count, modulation.stride(-2) if count > 1 else 0
+def rows_of(modulation: Tensor | None, length: int, rows: int) -> tuple[int, int, int]:
+    """Of a modulation [U, B, D] or [D]: rows side by side, tokens' rows that share these, stride.
+
+    U is 1 or the number of equal parts of the tokens that have one each.
+    """
+    if modulation is None or modulation.dim() == 1:
+        return 1, length * rows, 0
+    parts, count, _ = modulation.shape
+    far = modulation.stride(1) if count > 1 else modulation.stride(0)
+    if modulation.stride(2) != 1 or (parts > 1 and modulation.stride(0) != count * far):
+        raise ValueError(f"a modulation {tuple(modulation.shape)} has strides "
+                         f"{modulation.stride()}: its rows must lie equally far apart")  # fmt: skip
+    return rows, length // parts * rows, far
 
 
-def _warps(block: int) -> int:
+def warps(block: int) -> int:
+    """Of a program that holds so many elements."""
     return min(16, max(1, block // 512))
 
 
 @triton.jit
 def _rms_kernel(
-    x, total, weight, cosine, sine, out, dim, whole, rows, half, x_row, eps,
+    x, total, weight, cosine, sine, out, dim, whole, rows, half, part_dim, part_far, eps,
     TOTAL: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     live = column < dim
     kind = x.dtype.element_ty
-    value = tl.load(x + row * x_row + column, mask=live, other=0.0).to(tl.float32)
+    value = tl.load(x + row * dim + column, mask=live, other=0.0).to(tl.float32)
     if TOTAL:  # noqa: SIM108
         square = tl.load(total + row)
     else:
         square = tl.sum(value * value, axis=0)
     normed = (value * tl.rsqrt(square / whole + eps)).to(kind).to(tl.float32)
     weights = tl.load(weight + column, mask=live, other=0.0).to(tl.float32)
+    kind = out.dtype.element_ty
     normed = (normed * weights).to(kind)
     if TURN:
         even, odd = tl.split(tl.reshape(normed.to(tl.float32), (BLOCK // 2, 2)))
@@ -135,17 +147,21 @@ def _rms_kernel(
         cos, sin = tl.load(cosine + at), tl.load(sine + at)
         turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
         normed = tl.reshape(turned, (BLOCK,)).to(kind)
-    tl.store(out + row * dim + column, normed, mask=live)
+    at = (column // part_dim).to(tl.int64) * part_far + row * part_dim + column % part_dim
+    tl.store(out + at, normed, mask=live)
 
 
 def rms(
     x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float,
-    table_2LE: Tensor | None = None,
+    table_2LE: Tensor | None = None, parts: int = 1,
 ) -> Tensor:  # fmt: skip
-    """See fused.rms_scaled and, with a table, fused.rms_rotated (cut into heads by the caller)."""
+    """See fused.rms_scaled and, with a table, fused.rms_rotated.
+
+    [L, B, D]; with a table [parts * L, B, A / parts, E], as fused.heads_apart lays heads out.
+    """
     length, rows, own = x_LBD.shape
     x_LBD = x_LBD.contiguous()
-    out = torch.empty_like(x_LBD)
+    out = torch.empty_like(x_LBD, dtype=torch.promote_types(x_LBD.dtype, weight_D.dtype))
     cosine = sine = half = None
     if table_2LE is not None:
         cosine, sine = table_2LE.contiguous()
@@ -153,11 +169,11 @@ def rms(
     block = triton.next_power_of_2(own)
     _rms_kernel[(length * rows,)](
         x_LBD, None if total_LB1 is None else total_LB1.contiguous(), weight_D, cosine, sine, out,
-        own, dim, rows, half or 1, own, eps,
+        own, dim, rows, half or 1, own // parts, length * rows * own // parts, eps,
         TOTAL=total_LB1 is not None, TURN=table_2LE is not None, BLOCK=block,
-        num_warps=_warps(block),
+        num_warps=warps(block),
     )  # fmt: skip
-    return out
+    return out if half is None else out.view(parts * length, rows, -1, 2 * half)
 
 
 @triton.jit
@@ -218,7 +234,7 @@ def quantise_rows(x_RD: Tensor, limit: float, dtype: torch.dtype) -> tuple[Tenso
     block = triton.next_power_of_2(dim)
     _quantise_kernel[(rows,)](
         x_RD, tokens, unit_R1, dim, x_RD.stride(0), LIMIT=limit, BLOCK=block,
-        num_warps=_warps(block),
+        num_warps=warps(block),
     )  # fmt: skip
     return tokens, unit_R1
 
@@ -247,7 +263,7 @@ def gelu_rows(
     tokens, unit_R1 = _places(rows, dim, dtype, x_RD.device)
     block = triton.next_power_of_2(dim)
     _gelu_kernel[(rows,)](
-        x_RD, tokens, unit_R1, dim, LIMIT=limit, WHOLE=whole, BLOCK=block, num_warps=_warps(block)
+        x_RD, tokens, unit_R1, dim, LIMIT=limit, WHOLE=whole, BLOCK=block, num_warps=warps(block)
     )
     return tokens, unit_R1
 
