@@ -64,10 +64,10 @@ def check(
         assert far < LIMITS[dtype], f"result {number}"
 
 
-@pytest.fixture(params=[8, 32], autouse=True)
+@pytest.fixture(params=[8, 64], autouse=True)
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several tiles, of which the last is not full, and one."""
-    if INTERPRETED and request.param == 32:
+    if INTERPRETED and request.param == 64:
         pytest.skip("slow")
     monkeypatch.setattr(module(), "_TOKENS", request.param)
 
