@@ -84,10 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_recipe(config, ranks)
         log.setup(is_first(ranks))
-        found = measure(config, ranks, options)
-        if is_first(ranks):
-            provenance.write_json(found, options.output)
-            options.output.with_suffix(".md").write_text(table(found))
+        measure(config, ranks, options)
     finally:
         stop_ranks()
     return 0
@@ -105,7 +102,10 @@ def benchmarked(config: PretrainConfig) -> PretrainConfig:
 
 
 def measure(config: PretrainConfig, ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
-    """The steps, one after the other, and what they come to. Collective."""
+    """The steps, one after the other, and what they come to, written by the first rank. Collective.
+
+    What is profiled comes after: a trace may take minutes to write.
+    """
     learner = Learner.build(config, ranks, empty_text(config), on_device=True)
     ceiling = matmul_ceiling(ranks.device, config.model.torch_dtype)
     batches, watches = RandomLatents(config, ranks).batches(), list[Stopwatch]()
@@ -119,9 +119,6 @@ def measure(config: PretrainConfig, ranks: Ranks, options: argparse.Namespace) -
             learner.train_step(batch, step, own=own, scale=1.0)
         logger.info("step %d: %.4g s", step + 1, watch.seconds)
         watches.append(watch)
-    if options.profile:
-        with traced(options.output.with_suffix(f".trace{ranks.rank}.json")):
-            learner.train_step(next(batches), len(watches), own=own, scale=1.0)
     seconds = sorted(watch.seconds for watch in watches[options.warmup :])
     middle = seconds[len(seconds) // 2]
     work = work_of(config, ranks, learner, own=own)
@@ -140,6 +137,12 @@ def measure(config: PretrainConfig, ranks: Ranks, options: argparse.Namespace) -
     if cuda:
         found["peak_memory_gib"] = torch.cuda.max_memory_allocated(ranks.device) / 2**30
         found["reserved_memory_gib"] = torch.cuda.max_memory_reserved(ranks.device) / 2**30
+    if is_first(ranks):
+        provenance.write_json(found, options.output)
+        options.output.with_suffix(".md").write_text(table(found))
+    if options.profile:
+        with traced(options.output.with_suffix(f".trace{ranks.rank}.json")):
+            learner.train_step(next(batches), len(watches), own=own, scale=1.0)
     return found
 
 

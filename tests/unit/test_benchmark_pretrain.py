@@ -86,6 +86,20 @@ def test_a_step_is_recorded_with_what_it_computes(tmp_path):
     assert found["tokens"] == 4 * 18 * 16
 
 
+def test_a_trace_that_does_not_end_leaves_the_record(tmp_path, monkeypatch):
+    path, out = tmp_path / "tiny.yaml", tmp_path / "step.json"
+    path.write_text(yaml.safe_dump(RECIPE))
+
+    def stopped(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(benchmark_pretrain, "traced", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_pretrain.main([str(path), "--output", str(out), "--steps", "1", "--warmup", "0",
+                                 "--profile"])  # fmt: skip
+    assert json.loads(out.read_text())["median_s"] > 0
+
+
 def test_peaks_are_known_by_name():
     assert benchmark_pretrain.peak_of("NVIDIA H100 80GB HBM3") == 989
     assert benchmark_pretrain.peak_of("NVIDIA H200") == 989
