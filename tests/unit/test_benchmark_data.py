@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 
 import av
@@ -45,6 +47,20 @@ def test_every_codec_and_reader_has_a_rate_and_a_line(tmp_path):
     assert benchmark_data.main([*SMALL, "--folder", str(tmp_path / "files"), *again]) == 0
     assert [path.stat().st_mtime_ns for path in written] == stamps, "files are used again"
     assert "feeds" not in (tmp_path / "again.md").read_text()
+
+
+def test_readers_use_all_threads_also_where_a_batch_has_fewer_clips(monkeypatch):
+    meet = threading.Barrier(3, timeout=20)
+
+    def read(clip: int) -> torch.Tensor:
+        meet.wait()  # breaks if fewer are read at a time
+        return torch.tensor(clip)
+
+    monkeypatch.setattr(benchmark_data, "cut", lambda file, spec, epoch, number: number)
+    pipeline = SimpleNamespace(report=SimpleNamespace(good=["file"]), clip=None)
+    with ThreadPoolExecutor(3) as pool:
+        options = SimpleNamespace(batch=1)
+        assert benchmark_data._timed(pipeline, read, pool, options, 0, 3) > 0
 
 
 def test_options_that_cannot_run_are_refused(tmp_path):
