@@ -204,7 +204,7 @@ class FittingConfig:
 
     log_every: int = 100
     autocast: bool = False
-    """bfloat16 matrix products of a float32 model; for GPUs."""
+    """bfloat16 matrix products of a float32 model whose weights all train; for GPUs."""
 
     def __post_init__(self) -> None:
         check_positive("fitting", steps=self.steps, batch_size=self.batch_size,
@@ -265,6 +265,11 @@ class PretrainConfig:
             raise ValueError(
                 f"fitting.autocast is for a float32 model, model.dtype is {self.model.dtype}: "
                 "leave one of them out"
+            )
+        if self.fitting.autocast and self.trained.mode == "lora":
+            raise ValueError(
+                "fitting.autocast is for weights that all train, trained.mode is lora: a frozen "
+                "base and its adapter are multiplied in model.dtype; make that bfloat16 instead"
             )
         if self.parallel.branch > 1:
             raise ValueError(

@@ -31,6 +31,7 @@ ranks = small.ranks
     [
         (["model.fp8=[ffn]"], "model.fp8 is .*trained.mode full: .*trained.mode lora"),
         (["fitting.autocast=true", "model.dtype=bfloat16"], "autocast is for a float32 model"),
+        (["fitting.autocast=true", *LORA], "autocast is for weights that all train"),
         (["parallel.branch=2"], "parallel.branch is 2: pre-training has no branches"),
         (["fitting.forcing=diffusion"], "own_estimates_from 0.5: .*set fitting.own_estimates_from"),
         (["latents.folder=x", "fitting.sample_every=5"], "sample_every is 5: .*set it to 0"),
