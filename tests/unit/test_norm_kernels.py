@@ -64,12 +64,10 @@ def check(
         assert far < LIMITS[dtype], f"result {number}"
 
 
-@pytest.fixture(params=[8, 64], autouse=True)
-def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles, of which the last is not full, and one."""
-    if INTERPRETED and request.param == 64:
-        pytest.skip("slow")
-    monkeypatch.setattr(module(), "_TOKENS", request.param)
+@pytest.fixture(autouse=True)
+def _tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of a few tokens, of which the last is not full."""
+    monkeypatch.setattr(module(), "_TOKENS", 8)
 
 
 def module():  # type: ignore[no-untyped-def]
@@ -115,6 +113,18 @@ def test_a_sum_and_its_norm_have_the_formulas_gradients(change, kind, rows, dtyp
     if change:
         check(lambda *v: ours(*v)[0], lambda *v: plain(*v)[0], inputs[:3] + inputs[3:], dtype,
               [True, True, True, False, False])  # fmt: skip
+
+
+def test_tiles_of_full_size_add_up_too(monkeypatch):
+    monkeypatch.undo()
+    assert module()._TOKENS > 8
+    x, update = (drawn(torch.float32, 2 * 83, 1, 48, name=name) for name in ("x", "update"))
+    shift, scale, gate = drawn(torch.float32, 2, 1, 6, 48, name="six").unbind(2)[1:4]
+    check(
+        lambda *v: module().residual_norm(*v, EPS, plus_one=True),
+        lambda *v: fused.residual_norm(*v, EPS, plus_one=True),
+        [x, update, gate, shift, scale], torch.float32,
+    )  # fmt: skip
 
 
 @SIZES
