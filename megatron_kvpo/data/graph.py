@@ -11,6 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from megatron_kvpo.data.clips import FileClip
+from megatron_kvpo.data.in_flight import InFlight
 from megatron_kvpo.data.probe import VideoFile
 from megatron_kvpo.data.workers import workers
 
@@ -61,8 +63,14 @@ _REFUSALS = 3
 class Decoder:
     """Runs clips of one size through DALI. The graphs are built when first needed."""
 
-    def __init__(self, dtype: torch.dtype, backend: Backend, most: int, num_threads: int) -> None:
-        """ValueError for a GPU that is not there; ImportError, saying what to install."""
+    def __init__(
+        self, dtype: torch.dtype, backend: Backend, most: int, num_threads: int,
+        notes: InFlight | None = None,
+    ) -> None:  # fmt: skip
+        """ValueError for a GPU that is not there; ImportError, saying what to install.
+
+        `notes`: where clips are noted while DALI has them, so that none kills two processes.
+        """
         self._import_dali()
         if backend == "gpu" and not torch.cuda.is_available():
             raise ValueError("backend 'gpu' needs a CUDA device, there is none: use 'cpu'")
@@ -71,7 +79,8 @@ class Decoder:
         self.decoded: dict[FrontEnd, int] = {"native": 0, "frames": 0}
         """Clips that each front end has made."""
         self._graphs: dict[FrontEnd, Any] = {}
-        self._refused: set[tuple[str, int]] = set()
+        self._notes = notes
+        self._refused = notes.refused() if notes is not None else set()
         self._by_codec: dict[str, tuple[int, int]] = {}
         self._codecs = _native_codecs(backend)
         self._lock = threading.Lock()
@@ -141,7 +150,8 @@ class Decoder:
             return self._run_frames(clips)
         try:
             samples = list(self._pool.map(_bytes, clips))
-            video_BCFHW = self._feed("native", samples, clips)
+            with nullcontext() if self._notes is None else self._notes.holding(clips):
+                video_BCFHW = self._feed("native", samples, clips)
         except (RuntimeError, OSError) as error:  # one bad sample spoils DALI's batch and its graph
             self._graphs.pop("native", None)
             return self._apart(clips, error)
@@ -149,6 +159,13 @@ class Decoder:
             refused, decoded = self._by_codec.get(clip.file.codec, (0, 0))
             self._by_codec[clip.file.codec] = refused, decoded + 1
         return _recoloured(video_BCFHW, [clip.file for clip in clips]), {}
+
+    def try_native(self, clip: FileClip) -> None:
+        """Give a clip to DALI for what that does to this process. What it raises is no matter."""
+        try:
+            self._feed("native", [_bytes(clip)], [clip])
+        except (RuntimeError, OSError):
+            self._graphs.clear()
 
     def _apart(
         self, clips: Sequence[FileClip], error: Exception

