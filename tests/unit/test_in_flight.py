@@ -46,8 +46,13 @@ import sys, torch
 from pathlib import Path
 from megatron_kvpo.data.video import ClipSpec, VideoPipeline
 clip = ClipSpec(num_pixel_frames=8, size=(96, 128), dtype=torch.uint8)
-print(len(list(VideoPipeline(Path(sys.argv[1]), clip, batch_size=3, shuffle=False).epoch())))
+values = {"batch_size": 3, "shuffle": False, "backend": sys.argv[2]}
+print(len(list(VideoPipeline(Path(sys.argv[1]), clip, **values).epoch())))
 """
+
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=[
+    pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+])])  # fmt: skip
 
 
 @pytest.fixture
@@ -57,21 +62,22 @@ def folder(tmp_path, monkeypatch) -> Path:
     for name in "abc":
         write(found / f"{name}.webm", "libvpx-vp9", num=8)
     (tmp_path / "sitecustomize.py").write_text(FAULT)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.delenv("FAULT", raising=False)
     return found
 
 
-def run(folder: Path, fault: str) -> int:
+def run(folder: Path, fault: str, backend: str = "cpu") -> int:
     """A process that decodes an epoch, with this fault; how it ended."""
     return subprocess.run(
-        [sys.executable, "-c", RUN, str(folder)], env={**os.environ, "FAULT": fault}, cwd=ROOT,
-        capture_output=True, check=False,
+        [sys.executable, "-c", RUN, str(folder), backend], env={**os.environ, "FAULT": fault},
+        cwd=ROOT, capture_output=True, check=False,
     ).returncode  # fmt: skip
 
 
-def pipeline_of(folder: Path) -> VideoPipeline:
-    return VideoPipeline(folder, CLIP, batch_size=3, shuffle=False)
+def pipeline_of(folder: Path, backend: str = "cpu") -> VideoPipeline:
+    return VideoPipeline(folder, CLIP, batch_size=3, shuffle=False, backend=backend)
 
 
 def notes(folder: Path) -> list[str]:
@@ -80,14 +86,15 @@ def notes(folder: Path) -> list[str]:
     return [Path(json.loads(line)["path"]).name for own in lines for line in own]
 
 
+@BACKENDS
 def test_what_kills_dali_kills_one_process_and_is_decoded_by_pyav_in_the_next(
-    folder, monkeypatch, caplog
+    backend, folder, monkeypatch, caplog
 ):
-    assert run(folder, str(int(signal.SIGSEGV))) == -signal.SIGSEGV
+    assert run(folder, str(int(signal.SIGSEGV)), backend) == -signal.SIGSEGV
     assert notes(folder) == ["a.webm", "b.webm", "c.webm"]
     monkeypatch.setenv("FAULT", str(int(signal.SIGSEGV)))  # for processes that are started
     with caplog.at_level(logging.INFO):
-        pipeline = pipeline_of(folder)
+        pipeline = pipeline_of(folder, backend)
     assert f"DALI died of SIGSEGV at {folder / 'b.webm'}: PyAV decodes it" in caplog.text
     assert caplog.text.count("DALI died") == 1
     assert len(list(pipeline.epoch())) == 1
@@ -98,11 +105,11 @@ def test_what_kills_dali_kills_one_process_and_is_decoded_by_pyav_in_the_next(
         ("b.webm", "died of SIGSEGV")
     ]
     caplog.clear()
-    assert len(pipeline_of(folder).decoder._refused) == 1
+    assert len(pipeline_of(folder, backend).decoder._refused) == 1
     assert "trying" not in caplog.text
-    assert InFlight(folder, "gpu").refused() == set(), "another decoder"
+    assert InFlight(folder, "another decoder").refused() == set()
     os.utime(folder / "b.webm", (1, 1))
-    assert pipeline_of(folder).decoder._refused == set(), "another file"
+    assert pipeline_of(folder, backend).decoder._refused == set(), "another file"
 
 
 def test_a_run_that_died_of_something_else_goes_on_with_the_same_decoder(folder, caplog):
