@@ -101,7 +101,7 @@ def benchmarked(config: PretrainConfig) -> PretrainConfig:
     )  # fmt: skip
 
 
-def measure(config: PretrainConfig, ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
+def measure(config: PretrainConfig, ranks: Ranks, options: argparse.Namespace) -> None:
     """The steps, one after the other, and what they come to, written by the first rank. Collective.
 
     What is profiled comes after: a trace may take minutes to write.
@@ -143,7 +143,6 @@ def measure(config: PretrainConfig, ranks: Ranks, options: argparse.Namespace) -
     if options.profile:
         with traced(options.output.with_suffix(f".trace{ranks.rank}.json")):
             learner.train_step(next(batches), len(watches), own=own, scale=1.0)
-    return found
 
 
 def work_of(

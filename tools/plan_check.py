@@ -201,7 +201,8 @@ def check_passes(path: Path, record: dict[str, Any], passes: Path = PASSES) -> I
         video, graph = p["kind"] == "video_block", p["kind"] == "forward_backward"
         kind = Pass("", p["rows"], config.stream.block_frames, config.stream.window_frames, graph,
                     False)  # fmt: skip
-        kinds, note = [kind], then.note if beside and not video else ""
+        kinds, more = [kind], 0.0 if video else beside
+        note = then.note if more else ""
         if video:  # the last of a block's passes fills pages only
             kinds = [kind] * len(config.stream.steps) + [dataclasses.replace(kind, fills=True)]
         try:
@@ -217,7 +218,7 @@ def check_passes(path: Path, record: dict[str, Any], passes: Path = PASSES) -> I
             name=f"passes/{path.stem}: {'one video' if video else rows}",
             commit=record["commit"][:8], device=kind_of(device), predicted_s=seconds,
             as_then_s=seconds, measured_s=p["median_ms"] / 1e3, predicted_gib=gib,
-            as_then_gib=gib + beside * (not video),
+            as_then_gib=gib + more,
             measured_gib=0.0 if video else p.get("peak_memory_gib", 0.0), note=note,
         )  # fmt: skip
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json
 import mmap
 import os
 import sys
@@ -21,6 +20,8 @@ import numpy as np
 from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+
+from megatron_kvpo.data.workers import serve
 
 UNSPECIFIED = 2
 """libavutil's AVCOL_SPC_UNSPECIFIED, read as BT.601: what swscale and DALI do."""
@@ -284,14 +285,9 @@ def _answer(request: dict[str, Any], shared: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Answer requests, one JSON object a line, until the input ends."""
+    """Answer requests. The memory file for pixel frames is the first argument."""
     shared = int(sys.argv[1])
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not look like a reply
-    for line in sys.stdin:
-        replies.write(json.dumps(_answer(json.loads(line), shared)) + "\n")
-        replies.flush()
-    return 0
+    return serve(lambda request: _answer(request, shared))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -65,11 +66,11 @@ class Decoder:
 
     def __init__(
         self, dtype: torch.dtype, backend: Backend, most: int, num_threads: int,
-        notes: InFlight | None = None,
+        folder: Path | None = None,
     ) -> None:  # fmt: skip
         """ValueError for a GPU that is not there; ImportError, saying what to install.
 
-        `notes`: where clips are noted while DALI has them, so that none kills two processes.
+        `folder`: where clips are noted while DALI has them, so that none kills two processes.
         """
         self._import_dali()
         if backend == "gpu" and not torch.cuda.is_available():
@@ -79,8 +80,8 @@ class Decoder:
         self.decoded: dict[FrontEnd, int] = {"native": 0, "frames": 0}
         """Clips that each front end has made."""
         self._graphs: dict[FrontEnd, Any] = {}
-        self._notes = notes
-        self._refused = notes.refused() if notes is not None else set()
+        self._notes = None if folder is None else InFlight(folder, backend)
+        self._refused = set() if self._notes is None else self._notes.refused()
         self._by_codec: dict[str, tuple[int, int]] = {}
         self._codecs = _native_codecs(backend)
         self._lock = threading.Lock()

@@ -9,10 +9,10 @@ something else thus goes on as it would have.
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,10 +22,12 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from megatron_kvpo.data.clips import FileClip
-from megatron_kvpo.data.workers import cause_of, own_environment
+from megatron_kvpo.data.probe import whole_rows
+from megatron_kvpo.data.workers import Worker, serve
 
 logger = logging.getLogger(__name__)
 
@@ -140,12 +142,8 @@ def _as_noted(row: dict[str, Any]) -> bool:
     return False
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a file; one that was left half written counts for nothing."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in lines:
-        with suppress(json.JSONDecodeError):
-            yield json.loads(line)
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return list(whole_rows(path.read_text().splitlines())) if path.exists() else []
 
 
 def _left_behind(folder: Path, backend: str) -> list[dict[str, Any]]:
@@ -157,7 +155,7 @@ def _left_behind(folder: Path, backend: str) -> list[dict[str, Any]]:
                 fcntl.flock(notes, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue  # its process lives
-            rows = list(_rows(path))
+            rows = _rows(path)
             if all(row["backend"] == backend for row in rows):
                 found += filter(_as_noted, rows)
                 path.unlink()
@@ -166,64 +164,45 @@ def _left_behind(folder: Path, backend: str) -> list[dict[str, Any]]:
 
 def _tried(clips: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str]]:
     """Those of which another process dies, and how."""
-    left = list(clips)
-    while left:
-        passed, reason = _trial(left)
-        if reason is None or passed >= len(left):
-            return
-        yield left[passed], reason
-        left = left[passed + 1 :]
-
-
-def _trial(clips: Sequence[dict[str, Any]]) -> tuple[int, str | None]:
-    """How many clips a process got through, and how it ended if not as it should."""
-    logger.info("trying %d clips that a dead process had in DALI's hands", len(clips))
-    lines = "".join(json.dumps(clip) + "\n" for clip in clips)
-    command = [sys.executable, "-m", "megatron_kvpo.data.in_flight", _device(clips[0]["backend"])]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=own_environment(), start_new_session=True,
-    )  # fmt: skip
+    if clips:
+        logger.info("trying %d clips that a dead process had in DALI's hands", len(clips))
+    worker: Worker | None = None
     try:
-        out, errors = process.communicate(lines, timeout=PATIENCE_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, _ = process.communicate()
-        return len(out.splitlines()), f"said nothing for {PATIENCE_S:.0f} s"
-    if process.returncode > 0:  # nothing about a clip: it could not begin
-        logger.warning("clips that a dead process had in DALI's hands cannot be tried: %s",
-                       errors.strip().splitlines()[-1:])  # fmt: skip
-        return len(clips), None
-    died = process.returncode < 0
-    return len(out.splitlines()), f"died of {cause_of(process.returncode)}" if died else None
+        for clip in clips:
+            if worker is None or not worker.usable:
+                worker = Worker("megatron_kvpo.data.in_flight")
+            device = torch.cuda.current_device() if clip["backend"] == "gpu" else None
+            worker.ask({**clip, "device": device}, PATIENCE_S)
+            if worker.failed:  # nothing about a clip: it could not begin
+                logger.warning("clips that a dead process had in DALI's hands cannot be tried: it "
+                               "%s", worker.end)  # fmt: skip
+                return
+            if not worker.usable:
+                yield clip, worker.end
+    finally:
+        if worker is not None:
+            worker.close()
 
 
-def _device(backend: str) -> str:
-    import torch
+def _try(row: dict[str, Any]) -> dict[str, Any]:
+    """Have DALI decode a clip, well or not."""
+    (top, left), (bottom, right) = row["roi"]
+    clip = _Clip(
+        _File(Path(row["path"]), row["offset"], row["bytes"]), np.array(row["frames"]),
+        ((top, left), (bottom, right)), tuple(row["size"]),
+    )  # fmt: skip
+    _decoder(row["backend"], row["device"]).try_native(clip)
+    return {}
 
-    return f"cuda:{torch.cuda.current_device()}" if backend == "gpu" else "cpu"
 
+@functools.cache
+def _decoder(backend: str, device: int | None) -> Any:
+    from megatron_kvpo.data.graph import Decoder  # which imports this module
 
-def main(device: str) -> int:
-    """Decode the clips on standard input, a line each; say when one is done, well or not."""
-    import torch
-
-    from megatron_kvpo.data.graph import Decoder
-
-    if device != "cpu":
+    if device is not None:
         torch.cuda.set_device(device)
-    decoder = Decoder(torch.uint8, "cpu" if device == "cpu" else "gpu", 1, 1)
-    for line in sys.stdin:
-        row = json.loads(line)
-        (top, left), (bottom, right) = row["roi"]
-        clip = _Clip(
-            _File(Path(row["path"]), row["offset"], row["bytes"]), np.array(row["frames"]),
-            ((top, left), (bottom, right)), tuple(row["size"]),
-        )  # fmt: skip
-        decoder.try_native(clip)  # type: ignore[arg-type]
-        os.write(1, b"done\n")
-    return 0
+    return Decoder(torch.uint8, backend, 1, 1)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(serve(_try))

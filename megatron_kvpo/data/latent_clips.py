@@ -14,7 +14,6 @@ from torch import Tensor
 from megatron_kvpo.data.clips import ClipSpec, FileClip, cut, untold
 from megatron_kvpo.data.encoding import EncodingSpec, data_fingerprint, segments_of
 from megatron_kvpo.data.graph import Backend, Decoder
-from megatron_kvpo.data.in_flight import InFlight
 from megatron_kvpo.data.probe import VideoFile, VideoReport, probe_source
 from megatron_kvpo.data.sources import Entry, Segment, VideoSource
 
@@ -80,8 +79,7 @@ class ClipSet:
         source.max_bad are not, or for a GPU that is not there.
         """
         self.source, self.spec, self._stride = source, spec, temporal_stride
-        notes = InFlight(source.folder, backend)
-        self._decoder = Decoder(torch.uint8, backend, _AT_ONCE, num_threads, notes)
+        self._decoder = Decoder(torch.uint8, backend, _AT_ONCE, num_threads, source.folder)
         shortest = self._pixels(spec.num_frames[-1], min(spec.starts))
         self.report: VideoReport = probe_source(
             source, lambda file: untold(file) or shortest.fault(file), num_threads

@@ -6,8 +6,9 @@ import fcntl
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -292,12 +293,15 @@ class _Cache:
 
 
 def _stored(file: TextIO) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """Lines of a cache; one that a killed process left half written counts for nothing."""
+    """Probes of a cache."""
     file.seek(0)
-    for line in file:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in whole_rows(file):
         if row.get("format") == _FORMAT:
             yield tuple(row["key"]), row["probe"]
+
+
+def whole_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """JSON objects, one a line; one that a killed process left half written counts for nothing."""
+    for line in lines:
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)

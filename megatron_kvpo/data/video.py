@@ -19,7 +19,6 @@ from torch import Tensor
 
 from megatron_kvpo.data.clips import ClipSpec, FileClip, Schedule, cut, rank_share, untold
 from megatron_kvpo.data.graph import Backend, Decoder
-from megatron_kvpo.data.in_flight import InFlight
 from megatron_kvpo.data.probe import (
     Failures,
     VideoFile,
@@ -91,8 +90,9 @@ class VideoPipeline:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: out of range")
         self.source = source if isinstance(source, VideoSource) else VideoSource(path=Path(source))
         self.clip = clip
-        notes = InFlight(self.source.folder, backend)
-        self.decoder = Decoder(clip.dtype, backend, min(batch_size, _MOST), num_threads, notes)
+        self.decoder = Decoder(
+            clip.dtype, backend, min(batch_size, _MOST), num_threads, self.source.folder
+        )
         self.report = probe_source(
             self.source, lambda file: (untold(file) if captioned else None) or clip.fault(file),
             num_threads,

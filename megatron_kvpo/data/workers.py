@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,21 @@ class DecoderDied(ValueError):
     """A file's decoder ended or hung, and was replaced: the file is not to be trusted."""
 
 
-class _Worker:
-    """One process and the memory file that it writes pixel frames to."""
+class Worker:
+    """One process of a module that calls `serve`, and the memory file for its pixel frames."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "megatron_kvpo.data.decode") -> None:
         self._shared = os.memfd_create("pixel-frames")
+        path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_kvpo.data.decode", str(self._shared)],
+            [sys.executable, "-m", module, str(self._shared)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[self._shared],
-            env=own_environment(), start_new_session=True,
+            env={**os.environ, "PYTHONPATH": path}, start_new_session=True,
         )  # fmt: skip
         # A new session: Ctrl-C stops this process, which then ends the worker by closing its input.
         self.usable = True
+        self.end = ""
+        """How it ended by itself, or why it was ended within a request."""
 
     def ask(self, request: dict[str, Any], patience_s: float) -> dict[str, Any]:
         """The reply, or {"error": how the process ended}."""
@@ -53,11 +57,12 @@ class _Worker:
             line = b""
         if line is None:
             self.close()
-            return {"error": f"the decoder said nothing for {patience_s:.0f} s and was stopped"}
+            self.end = f"said nothing for {patience_s:.0f} s"
+            return {"error": f"the decoder {self.end} and was stopped"}
         if not line.endswith(b"\n"):
-            status = self._process.wait()
+            self.end = f"died of {_cause(self._process.wait())}"
             self.close()
-            return {"error": f"the decoder died of {cause_of(status)}"}
+            return {"error": f"the decoder {self.end}"}
         reply: dict[str, Any] = json.loads(line)
         return reply
 
@@ -74,6 +79,12 @@ class _Worker:
             if not parts[-1]:
                 break
         return b"".join(parts)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended by an exit status of its own: nothing that a request did to it."""
+        status = self._process.returncode
+        return status is not None and status >= 0
 
     def pixels(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         """A copy of what the process wrote."""
@@ -99,14 +110,17 @@ class _Worker:
             os.close(self._shared)
 
 
-def own_environment() -> dict[str, str]:
-    """Of a process that is to import this package, wherever it was started."""
-    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {**os.environ, "PYTHONPATH": path}
+def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """Answer requests, one JSON object a line, until the input ends."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints must not look like a reply
+    for line in sys.stdin:
+        replies.write(json.dumps(answer(json.loads(line))) + "\n")
+        replies.flush()
+    return 0
 
 
-def cause_of(status: int) -> str:
-    """How a process ended: the name of a signal, or its exit status."""
+def _cause(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -119,7 +133,7 @@ class Workers:
     """At most `most` processes, started when first needed; safe to use from any thread."""
 
     def __init__(self, most: int) -> None:
-        self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         for _ in range(most):
             self._idle.put(None)
         self.deaths = 0
@@ -145,7 +159,7 @@ class Workers:
         worker, answered = self._idle.get(), False
         try:
             if worker is None or not worker.usable:
-                worker = _Worker()
+                worker = Worker()
             reply = worker.ask(request, PATIENCE_S)
             if not worker.usable:
                 with self._lock:

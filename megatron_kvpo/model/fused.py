@@ -192,8 +192,7 @@ def rms_scaled(
     `total` is the sum of squares over all `dim` features of which x holds a share; None: x has all.
     """
     if x_LBD.is_cuda:
-        kernels = _kernels() if without_graph(x_LBD) else _norms()
-        return kernels.rms(x_LBD, total_LB1, weight_D, dim, eps)  # type: ignore[no-any-return]
+        return _rms_on_gpu(x_LBD, total_LB1, weight_D, dim, eps)
     return _rms(x_LBD, total_LB1, weight_D, dim, eps)
 
 
@@ -203,10 +202,7 @@ def rms_rotated(
 ) -> Tensor:  # fmt: skip
     """`rms_scaled`, cut into heads of twice the table's width, each turned; then `heads_apart`."""
     if x_LBD.is_cuda:
-        kernels = _kernels() if without_graph(x_LBD) else _norms()
-        return kernels.rms(  # type: ignore[no-any-return]
-            x_LBD, total_LB1, weight_D, dim, eps, table_2LE, parts
-        )
+        return _rms_on_gpu(x_LBD, total_LB1, weight_D, dim, eps, table_2LE, parts)
     normed = _rms(x_LBD, total_LB1, weight_D, dim, eps)
     heads = normed.view(*normed.shape[:-1], -1, 2 * table_2LE.shape[-1])
     return rotate(_parts_first(heads, parts), table_2LE).flatten(0, 1)
@@ -221,6 +217,11 @@ def _parts_first(x_LBAE: Tensor, parts: int) -> Tensor:
     """A view: [parts, L, B, A / parts, E]."""
     tokens, rows, heads, dim = x_LBAE.shape
     return x_LBAE.reshape(tokens, rows, parts, heads // parts, dim).permute(2, 0, 1, 3, 4)
+
+
+def _rms_on_gpu(x_LBD: Tensor, *others: Any) -> Tensor:
+    module = _kernels() if without_graph(x_LBD) else _norms()
+    return module.rms(x_LBD, *others)  # type: ignore[no-any-return]
 
 
 def _rms(x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float) -> Tensor:

@@ -151,6 +151,14 @@ def _rms_kernel(
     tl.store(out + at, normed, mask=live)
 
 
+def phases(table_2LE: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Cosines, sines and how many a token has; where nothing turns, 1."""
+    if table_2LE is None:
+        return None, None, 1
+    cosine, sine = table_2LE.contiguous()
+    return cosine, sine, table_2LE.shape[-1]
+
+
 def rms(
     x_LBD: Tensor, total_LB1: Tensor | None, weight_D: Tensor, dim: int, eps: float,
     table_2LE: Tensor | None = None, parts: int = 1,
@@ -162,18 +170,15 @@ def rms(
     length, rows, own = x_LBD.shape
     x_LBD = x_LBD.contiguous()
     out = torch.empty_like(x_LBD, dtype=torch.promote_types(x_LBD.dtype, weight_D.dtype))
-    cosine = sine = half = None
-    if table_2LE is not None:
-        cosine, sine = table_2LE.contiguous()
-        half = table_2LE.shape[-1]
+    cosine, sine, half = phases(table_2LE)
     block = triton.next_power_of_2(own)
     _rms_kernel[(length * rows,)](
         x_LBD, None if total_LB1 is None else total_LB1.contiguous(), weight_D, cosine, sine, out,
-        own, dim, rows, half or 1, own // parts, length * rows * own // parts, eps,
+        own, dim, rows, half, own // parts, length * rows * own // parts, eps,
         TOTAL=total_LB1 is not None, TURN=table_2LE is not None, BLOCK=block,
         num_warps=warps(block),
     )  # fmt: skip
-    return out if half is None else out.view(parts * length, rows, -1, 2 * half)
+    return out if table_2LE is None else out.view(parts * length, rows, -1, 2 * half)
 
 
 @triton.jit

@@ -127,20 +127,20 @@ def _residual_back(
     from_total: Tensor | None, from_normed: Tensor | None, ctx: Any, *, modulates: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
     """Gradients of x and of the update; sums of shift, scale and gate: [3, U, tiles, B, D]."""
-    given = [x.contiguous() for x in (from_total, from_normed) if x is not None]
-    length, rows, dim = given[0].shape
-    if from_total is not None:
-        from_total = given[0]
-    if from_normed is not None:
-        from_normed = given[-1]
+    from_total, from_normed = (
+        None if grad is None else grad.contiguous() for grad in (from_total, from_normed)
+    )
+    given = from_normed if from_total is None else from_total
+    assert given is not None
+    to_x = torch.empty_like(given, dtype=ctx.kinds[0])
+    length, rows, dim = to_x.shape
     parts = max(_parts(gate), _parts(scale))
     run = length // parts
     tiles = triton.cdiv(run, _TOKENS)
-    sums = given[0].new_empty(3, parts, tiles, rows, dim, dtype=torch.float32)
-    to_x = given[0].new_empty(given[0].shape, dtype=ctx.kinds[0])
+    sums = to_x.new_empty(3, parts, tiles, rows, dim, dtype=torch.float32)
     to_update = to_x if ctx.kinds[1] is not None else None
     if gate is not None:
-        to_update = to_x.new_empty(to_x.shape, dtype=ctx.kinds[1])
+        to_update = torch.empty_like(to_x, dtype=ctx.kinds[1])
     block = triton.next_power_of_2(dim)
     _norm_back_kernel[(parts * tiles, rows)](
         total, None if update is None else update.contiguous(), gate, scale, from_total,
@@ -249,14 +249,11 @@ class _Rms(torch.autograd.Function):
         to_total = None if total is None else torch.empty_like(total)
         programs = triton.cdiv(count, _TOKENS)
         sums = x.new_empty(programs, dim, dtype=torch.float32)
-        cosine = sine = half = None
-        if table is not None:
-            cosine, sine = table.contiguous()
-            half = table.shape[-1]
+        cosine, sine, half = kernels.phases(table)
         block = triton.next_power_of_2(dim)
         _rms_back_kernel[(programs,)](
             x, None if total is None else total.contiguous(), weight, cosine, sine, grad, to_x,
-            to_total, sums, count, dim, ctx.dim, rows, half or 1, own, grad.stride(0),
+            to_total, sums, count, dim, ctx.dim, rows, half, own, grad.stride(0),
             grad.stride(1), length * grad.stride(0), ctx.eps, TOTAL=total is not None,
             TURN=table is not None, WEIGHT_SUM=ctx.needs_input_grad[2], TOKENS=_TOKENS,
             BLOCK=block, STAGES=_STAGES, num_warps=kernels.warps(block),

@@ -180,7 +180,7 @@ def test_a_decoder_that_dies_of_a_file_takes_nothing_with_it(tmp_path, monkeypat
 
 def deadly_to_probe(monkeypatch, how: str) -> None:
     """Makes the process that probes deadly.mp4 die of a signal, or hang, for real."""
-    ask = workers._Worker.ask
+    ask = workers.Worker.ask
 
     def spoiled(self, request, patience_s):
         if "deadly" in request["path"] and how == "segfault":
@@ -191,7 +191,7 @@ def deadly_to_probe(monkeypatch, how: str) -> None:
             patience_s = 0.3
         return ask(self, request, patience_s)
 
-    monkeypatch.setattr(workers._Worker, "ask", spoiled)
+    monkeypatch.setattr(workers.Worker, "ask", spoiled)
 
 
 def test_a_decoder_that_dies_in_the_middle_of_a_run_costs_one_file(tmp_path, monkeypatch):
