@@ -292,5 +292,6 @@ def _activations(
     free = int(place.limit_gib * GIB - sum(held.values())) - reserve_bytes(int(size))
     kept, spared = planned(blocks - inside, free, int(size), int(own), [int(own)])
     again = blocks - inside - kept
-    taken = (kept + 0.5) * size + (again + spared) * own + (size if again or inside else 0)
+    whole = max(kept, min(1, inside))  # what a block in lent memory makes and does not save
+    taken = (whole + 0.5) * size + (again + spared) * own
     return max(taken, least), least, again / blocks

@@ -1,7 +1,9 @@
 """Which blocks keep their activations for backward: as many as the memory holds.
 
-The first ones in pages that nobody needs meanwhile, if there are any, the next in memory that is
-free. Of those that are recomputed some results may be held, see held.py: they come first.
+The first ones in pages that nobody needs meanwhile, if there are any, the last in memory that is
+free: backward comes to these first, and each that is recomputed has the place of one that is gone.
+So the very last is kept at no cost. Of those that are recomputed some results may be held, see
+held.py: they come before whole blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ SPARE_BYTES = 3 * 2**29
 class Recompute:
     """Runs a model's blocks under a graph; those that cannot be kept are recomputed in backward.
 
-    The first pass of a shape keeps one block and learns from it what a block takes.
+    The first pass of a shape keeps its last block and learns from it what a block takes.
     """
 
     def __init__(self, axes: Sequence[Axis] = ()) -> None:
@@ -53,15 +55,14 @@ class Recompute:
             if number < lent and self.arena is not None:
                 with self.arena.saving():
                     hidden = block(hidden, *own)
-            elif number < lent + kept:
+            elif number >= len(blocks) - kept:
                 before = torch.cuda.memory_allocated() if measure else 0
                 hidden = block(hidden, *own)
                 if measure:
                     self._bytes[hidden.shape] = torch.cuda.memory_allocated() - before
                     measure = False
             else:
-                again = number - lent - kept
-                kinds = [k for k, count in zip(KINDS, holding, strict=True) if again < count]
+                kinds = [k for k, c in zip(KINDS, holding, strict=True) if number - lent < c]
                 hidden = self._recomputed(block, hidden, own, kinds)
         return hidden
 
@@ -79,9 +80,9 @@ class Recompute:
         return hidden
 
     def _kept(self, mode: bool | str, hidden: Tensor, blocks: int) -> tuple[int, ...]:
-        """Blocks that keep activations: in lent memory, in the GPU's; that hold each kind.
+        """Blocks that keep activations: the first in lent memory, the last in the GPU's.
 
-        Those that hold are counted from the first that is recomputed.
+        Then how many hold each kind, from the first that is recomputed.
         """
         nothing = (0,) * len(KINDS)
         if mode != "auto" or not hidden.is_cuda:
@@ -100,7 +101,7 @@ class Recompute:
 
 
 def reserve_bytes(size: int) -> int:
-    """Left free where a block takes `size`: while one is recomputed it takes that once more."""
+    """Left free where a block takes `size`: by the last one, and in its place by one recomputed."""
     return SPARE_BYTES + size + size // 4
 
 
@@ -109,24 +110,25 @@ def planned(
 ) -> tuple[int, ...]:  # fmt: skip
     """How many blocks are kept whole, and how many of the others hold each kind of results.
 
-    Results come first, kind after kind: they spare more a byte. What all of them leave is for whole
-    blocks.
+    The last is kept in what is reserved. Of the others results come first, kind after kind: they
+    spare more a byte. What all of them leave is for whole blocks.
 
     Args:
         blocks: that are not in lent memory.
-        free: bytes.
+        free: bytes, less the reserve.
         size: bytes of a whole block, its input included.
         own: bytes of this input, which a recomputed block has anyway.
         held: bytes of a block's results, of each kind.
     """
-    each = own + sum(held)
-    kept = _fit(blocks, free - blocks * each, size - each)
-    left, counts = blocks - kept, []
+    last, each = min(1, blocks), own + sum(held)
+    others = blocks - last
+    kept = _fit(others, free - others * each, size - each)
+    left, counts = others - kept, []
     free -= kept * size + left * own
     for one in held:
         counts.append(_fit(left, free, one) if one else 0)
         free -= counts[-1] * one
-    return kept, *counts
+    return last + kept, *counts
 
 
 def _fit(count: int, free: int, each: int) -> int:

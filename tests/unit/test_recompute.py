@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -79,22 +81,26 @@ def memory(monkeypatch) -> dict[str, int]:
     return state
 
 
+OTHERS = INPUTS - OWN
+"""Inputs of all blocks but the last, which the reserve is for."""
+
+
 @pytest.mark.parametrize(
     ("free", "kept"),
     [
-        (0, 0), (LEFT, 0), (LEFT + INPUTS + SIZE - OWN - 1, 0), (LEFT + INPUTS + SIZE - OWN, 1),
-        (LEFT + INPUTS + 3 * (SIZE - OWN), 3), (LEFT + 5 * SIZE - 1, 4), (LEFT + 5 * SIZE, BLOCKS),
+        (0, 1), (LEFT, 1), (LEFT + OTHERS + SIZE - OWN - 1, 1), (LEFT + OTHERS + SIZE - OWN, 2),
+        (LEFT + OTHERS + 3 * (SIZE - OWN), 4), (LEFT + 4 * SIZE - 1, 4), (LEFT + 4 * SIZE, BLOCKS),
         (100 * GIB, BLOCKS),
     ],
 )  # fmt: skip
-def test_auto_keeps_one_block_of_a_new_shape_and_then_as_many_as_fit(memory, free, kept):
+def test_auto_keeps_the_last_block_of_a_new_shape_and_then_as_many_as_fit(memory, free, kept):
     """The reserve and 5/4 of a block are left alone; who is recomputed has its input."""
     passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
-    assert ran("auto", hidden, passes)[0] == [1, *[2] * (BLOCKS - 1)]
+    assert ran("auto", hidden, passes)[0] == [*[2] * (BLOCKS - 1), 1]
     memory["free"] = free
-    assert ran("auto", hidden, passes)[0] == [*[1] * kept, *[2] * (BLOCKS - kept)]
+    assert ran("auto", hidden, passes)[0] == [*[2] * (BLOCKS - kept), *[1] * kept]
     other = torch.ones(4, 3).as_subclass(OnGpu)
-    assert ran("auto", other, passes)[0] == [1, *[2] * (BLOCKS - 1)], "it was not measured"
+    assert ran("auto", other, passes)[0] == [*[2] * (BLOCKS - 1), 1], "it was not measured"
 
 
 @pytest.mark.parametrize(
@@ -107,21 +113,49 @@ def test_auto_keeps_one_block_of_a_new_shape_and_then_as_many_as_fit(memory, fre
 def test_attention_is_held_first_then_the_feed_forward_then_whole_blocks(
     memory, free, kept, attention, ffn
 ):
-    """A block takes 8 units and its input, its attention 2, its feed-forward's result 1."""
+    """Of six, the last in the reserve: 8 units and its input, attention 2, feed-forward 1."""
     passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
     size = 8 * GIB + OWN
     passes._bytes[hidden.shape] = size
     passes._held_bytes[hidden.shape] = {ATTENTION: 2 * GIB, FFN: GIB}
     memory["free"] = SPARE + size + size // 4 + INPUTS + free * GIB
-    assert passes._kept("auto", hidden, BLOCKS) == (0, kept, attention, ffn)
+    assert passes._kept("auto", hidden, BLOCKS + 1) == (0, 1 + kept, attention, ffn)
 
 
 def test_lent_memory_takes_the_first_blocks_and_a_pass_without_a_sight_holds_one_kind(memory):
     passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
     passes._bytes[hidden.shape], passes._held_bytes[hidden.shape] = 16 * GIB, {FFN: GIB}
     passes.arena = SimpleNamespace(num_bytes=35 * GIB)
-    memory["free"] = SPARE + 20 * GIB + 2 * GIB + INPUTS
-    assert passes._kept("auto", hidden, BLOCKS) == (2, 0, 0, 2)
+    memory["free"] = SPARE + 20 * GIB + GIB + INPUTS
+    assert passes._kept("auto", hidden, BLOCKS) == (2, 1, 0, 1)
+    passes.arena.num_bytes = 99 * GIB
+    assert passes._kept("auto", hidden, BLOCKS) == (5, 0, 0, 0), "no last one is left"
+
+
+class Lent:
+    """Memory that is lent: counts the blocks that save into it."""
+
+    num_bytes = 3 * SIZE
+
+    def __init__(self) -> None:
+        self.saved = 0
+
+    def reset(self) -> None:
+        """Nothing is kept."""
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """One block more."""
+        self.saved += 1
+        yield
+
+
+def test_lent_memory_is_for_the_first_and_free_memory_for_the_last(memory):
+    passes, hidden = Recompute(), torch.ones(2, 3).as_subclass(OnGpu)
+    ran("auto", hidden, passes)
+    passes.arena, memory["free"] = Lent(), 0
+    assert ran("auto", hidden, passes)[0] == [1, 1, 2, 2, 1]
+    assert passes.arena.saved == 2
 
 
 def test_ranks_that_talk_within_a_block_follow_the_one_that_has_least(memory, monkeypatch):
@@ -135,7 +169,7 @@ def test_ranks_that_talk_within_a_block_follow_the_one_that_has_least(memory, mo
     passes, hidden = Recompute(axes), torch.ones(2, 3).as_subclass(OnGpu)
     passes._bytes[hidden.shape], passes._held_bytes[hidden.shape] = 8 * GIB, {FFN: GIB}
     memory["free"] = SPARE + 10 * GIB + INPUTS + 12 * GIB
-    assert passes._kept("auto", hidden, BLOCKS) == (0, 0, 0, 3)
+    assert passes._kept("auto", hidden, BLOCKS) == (0, 1, 0, 3)
     assert asked == [([12 * GIB + INPUTS, 0, -8 * GIB, 0, -GIB], axes)]
 
 
