@@ -8,8 +8,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS=1}"
 # Lines appear in the log when they are written, not when a buffer is full or the process is killed.
 export PYTHONUNBUFFERED="${PYTHONUNBUFFERED=1}"
 
-# Segments grow in place, so memory is not lost to fragments between passes of many sizes.
-# The figures in docs/benchmarks were measured without it: set it to nothing to repeat them.
+# Segments grow in place, so memory is not lost to fragments between passes of many sizes. (Ranks that are
+# started without this file set it too: parallel/groups.py. Figures of docs/benchmarks up to commit 05b13bf had it not.)
 export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}}"
 
 # Megatron's tensor parallelism wants kernels to start in the order of their launches, so that an exchange is

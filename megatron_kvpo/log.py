@@ -183,10 +183,15 @@ def _fitted(columns: int, values: Mapping[str, float], pace: str, left: str) -> 
 
 
 def run_command(main: Callable[[], int], logger: logging.Logger) -> NoReturn:
-    """End the process with what `main` returns; bad input is one line of the log and code 2."""
+    """End the process with what `main` returns; bad input is one line of the log and code 2.
+
+    Kinds of RuntimeError, such as CUDA's, are no bad input: Python shows their traceback.
+    """
     try:
         sys.exit(main())
     except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise
         _refuse(error, logger, first=True)
 
 

@@ -7,7 +7,9 @@ as the GPU for the work; shared between ranks, several times as long.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +111,22 @@ class CapturedPasses:
             self._memory = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks about events on a thread of its own, which a global capture forbids.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+        at_once = torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local")
+        with _uncollected(), at_once:
             out = compute(held[0], held[1], held[2], place.layers, at)
         return _Capture(graph, held, out)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without Python's collector of cycles: graphs of a dead model may not end in a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _flat(layers: Layers) -> list[Tensor]:

@@ -132,6 +132,15 @@ def _share_cores() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
 
 
+def _grow_segments() -> None:
+    """Have CUDA's allocator grow segments in place, unless the user chose; before it starts.
+
+    Passes of many sizes would leave gaps: 4 of 137 GiB (81 latent frames of 1.3B on an H200).
+    """
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 def _limit_memory(device: torch.device, gib: float | None) -> None:
     total = torch.cuda.get_device_properties(device).total_memory / 2**30
     if gib is not None and gib > total:
@@ -159,7 +168,7 @@ def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] =
 
     torch.distributed is initialised from torchrun's environment if it is not yet (gloo on CPU, nccl
     on CUDA); outside torchrun this process is the only rank. Every group waits config.timeout_s
-    at most.
+    at most. CUDA's allocator gets expandable segments, unless PYTORCH_CUDA_ALLOC_CONF is set.
 
     Raises:
         ValueError: the axes do not divide the ranks (before any group is made), or the device
@@ -172,6 +181,7 @@ def start_ranks(config: ParallelConfig, device: Literal["auto", "cpu", "cuda"] =
     if not dist.is_initialized():
         check_sizes(int(os.environ.get("WORLD_SIZE", "1")), config)
     if place.type == "cuda":
+        _grow_segments()
         torch.cuda.set_device(place)
         _limit_memory(place, config.memory_gib)
     else:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -175,3 +178,25 @@ def test_a_meter_times_the_gpus_work_without_waiting_for_it(on_gpu):
     assert found["time/step_s"] < 0.1 * found["time/replay_s"]
     assert 0.2 < found["speed/replay_mfu"] < 1
     assert found["memory/peak_gib"] >= large.nbytes / 2**30
+
+
+SEGMENTS = """
+import torch
+from megatron_kvpo.config import ParallelConfig
+from megatron_kvpo.parallel.groups import start_ranks
+kept = torch.zeros(3 << 20, device=start_ranks(ParallelConfig(timeout_s=120), "cuda").device)
+print([segment["is_expandable"] for segment in torch.cuda.memory_snapshot()])
+"""
+
+
+@pytest.mark.parametrize(
+    ("own", "grows"),
+    [({}, True), ({"PYTORCH_ALLOC_CONF": ""}, False), ({"PYTORCH_CUDA_ALLOC_CONF": ""}, False)],
+)
+def test_segments_grow_in_place_unless_the_user_chose(own, grows):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "RANK", "WORLD_SIZE")
+    variables = {k: v for k, v in os.environ.items() if k not in names} | own
+    ended = subprocess.run(
+        [sys.executable, "-c", SEGMENTS], env=variables, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert ended.stdout.splitlines()[-1] == f"[{grows}]"

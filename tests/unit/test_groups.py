@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_kvpo.config import ParallelConfig
+from megatron_kvpo.parallel import groups
 from megatron_kvpo.parallel.collect import (
     all_equal,
     gather_rows,
@@ -135,6 +136,23 @@ def test_sums_keep_one_order_while_the_ranks_are_up_if_asked_to(monkeypatch):
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("own", "found"),
+    [
+        ({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "a"}, "a"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": ""}, ""), ({"PYTORCH_ALLOC_CONF": "b"}, None),
+    ],
+)  # fmt: skip
+def test_cudas_segments_grow_in_place_unless_the_user_chose(monkeypatch, own, found):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "to be undone")
+        monkeypatch.delenv(name)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    groups._grow_segments()
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == found
 
 
 def test_collecting_over_one_rank_changes_nothing(alone):

@@ -17,7 +17,7 @@ from megatron_kvpo.data import in_flight
 from megatron_kvpo.data.clips import ClipSpec, cut
 from megatron_kvpo.data.in_flight import CRASHED, FOLDER, InFlight
 from megatron_kvpo.data.video import VideoPipeline, probe_file
-from tests.unit.video_files import write
+from tests.unit.video_files import picture, write
 
 pytest.importorskip("nvidia.dali")
 
@@ -59,8 +59,9 @@ BACKENDS = pytest.mark.parametrize("backend", ["cpu", pytest.param("gpu", marks=
 def folder(tmp_path, monkeypatch) -> Path:
     found = tmp_path / "videos"
     found.mkdir()
+    pixels = [picture(number, 192, 256) for number in range(8)]  # NVDEC refuses small VP9
     for name in "abc":
-        write(found / f"{name}.webm", "libvpx-vp9", num=8)
+        write(found / f"{name}.webm", "libvpx-vp9", pixels=pixels)
     (tmp_path / "sitecustomize.py").write_text(FAULT)
     paths = [str(tmp_path), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))

@@ -160,6 +160,31 @@ def test_bad_input_of_a_run_is_one_line(capsys):
     assert "name a recipe" in capsys.readouterr().err
 
 
+class Fault(RuntimeError):
+    """Like CUDA's, of which this one's kinds are."""
+
+
+@pytest.mark.parametrize("error", [ValueError("3 rows"), RuntimeError("the ranks are there")])
+def test_bad_input_of_a_command_is_one_line(error, capsys):
+    def fail():
+        raise error
+
+    log.setup(True)
+    with pytest.raises(SystemExit) as ended:
+        log.run_command(fail, log.get_logger("tool"))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"error: {error}\n")
+
+
+def test_a_fault_of_a_command_keeps_its_traceback(capsys):
+    def fail():
+        raise Fault("out of memory")
+
+    with pytest.raises(Fault, match="out of memory"):
+        log.run_command(fail, log.get_logger("tool"))
+    assert "out of memory" not in capsys.readouterr().err  # Python shows it there
+
+
 def test_what_ends_a_run_later_is_in_its_log_with_the_traceback(tmp_path, capsys):
     def fail(recipe, changes):
         log.setup(True, tmp_path)
