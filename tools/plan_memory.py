@@ -292,6 +292,6 @@ def _activations(
     free = int(place.limit_gib * GIB - sum(held.values())) - reserve_bytes(int(size))
     kept, spared = planned(blocks - inside, free, int(size), int(own), [int(own)])
     again = blocks - inside - kept
-    whole = max(kept, min(1, inside))  # what a block in lent memory makes and does not save
+    whole = kept + min(1, inside)  # updates, which lend, were measured with one more
     taken = (whole + 0.5) * size + (again + spared) * own
     return max(taken, least), least, again / blocks
