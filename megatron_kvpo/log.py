@@ -13,12 +13,13 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
+import torch
 from tqdm import tqdm
 
 _ROOT = "megatron_kvpo"
@@ -195,22 +196,36 @@ def run_command(main: Callable[[], int], logger: logging.Logger) -> NoReturn:
         _refuse(error, logger, first=True)
 
 
-def run_training(main: Callable[[str, list[str]], object], arguments: Sequence[str]) -> None:
+def run_training(
+    main: Callable[[str, list[str]], object], arguments: Sequence[str], smaller: str = ""
+) -> None:  # fmt: skip
     """Call `main` with a recipe's path and its overrides, which `arguments` are.
 
     Bad input, a ValueError before the run's log is open, is one line and code 2. What ends a run
-    later is in run.log too, with its traceback.
+    later is in run.log too, with its traceback; `smaller`: settings that it names where a GPU's
+    memory is full.
     """
     try:
         if not arguments:
             raise ValueError("name a recipe, then what differs: RECIPE [section.key=value ...]")
         with ExitStack() as stack:
             stack.push(_note_end)
-            main(arguments[0], list(arguments[1:]))
+            with _remedied(smaller):
+                main(arguments[0], list(arguments[1:]))
     except ValueError as error:
         if _in_run:
             raise
         _refuse(error, get_logger("run"), first=os.environ.get("RANK", "0") == "0")
+
+
+@contextmanager
+def _remedied(smaller: str) -> Iterator[None]:
+    """Have the error of a full GPU say what needs less memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        error.add_note(f"The GPU's memory is full. What needs less of it: {smaller}")
+        raise
 
 
 def _note_end(kind: object, error: BaseException | None, trace: object) -> None:

@@ -74,4 +74,7 @@ def train_step(run: Run, update: int, metrics: Metrics, progress: log.Progress) 
 
 
 if __name__ == "__main__":
-    log.run_training(lambda recipe, changes: train(load_config(recipe, changes)), sys.argv[1:])
+    log.run_training(
+        lambda recipe, changes: train(load_config(recipe, changes)), sys.argv[1:],
+        smaller="policy.rollout_rows, policy.max_rows, model.recompute=true",
+    )  # fmt: skip

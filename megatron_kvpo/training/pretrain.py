@@ -301,5 +301,5 @@ def pretrain(config: PretrainConfig, open_stream: StreamOpener | None = None) ->
 if __name__ == "__main__":
     log.run_training(
         lambda recipe, changes: pretrain(settings.load(PretrainConfig, recipe, changes)),
-        sys.argv[1:],
-    )
+        sys.argv[1:], smaller="fitting.micro_rows, fitting.ema_decay=0, model.recompute=true",
+    )  # fmt: skip

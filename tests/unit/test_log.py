@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 
 from megatron_kvpo import log
 from tests import quiet
@@ -158,6 +159,17 @@ def test_bad_input_of_a_run_is_one_line(capsys):
     with pytest.raises(SystemExit):
         log.run_training(refuse, [])
     assert "name a recipe" in capsys.readouterr().err
+
+
+def test_a_full_gpu_ends_a_run_with_what_needs_less_memory(tmp_path):
+    def fail(recipe, changes):
+        log.setup(True, tmp_path)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.07 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        log.run_training(fail, ["a.yaml"], smaller="policy.max_rows")
+    written = (tmp_path / "run.log").read_text()
+    assert "full. What needs less of it: policy.max_rows" in written
 
 
 class Fault(RuntimeError):
