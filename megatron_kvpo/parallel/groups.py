@@ -135,7 +135,8 @@ def _share_cores() -> None:
 def _grow_segments() -> None:
     """Have CUDA's allocator grow segments in place, unless the user chose; before it starts.
 
-    Passes of many sizes would leave gaps: 4 of 137 GiB (81 latent frames of 1.3B on an H200).
+    Passes of many sizes leave gaps: of 137 GiB 4 were held and unused when memory ran out (81
+    latent frames of 1.3B on an H200).
     """
     if "PYTORCH_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
