@@ -6,6 +6,7 @@ for results, so that `python -m megatron_kvpo.train ... | tail -1` is one JSON o
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -13,13 +14,12 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-import torch
 from tqdm import tqdm
 
 _ROOT = "megatron_kvpo"
@@ -209,28 +209,22 @@ def run_training(
         if not arguments:
             raise ValueError("name a recipe, then what differs: RECIPE [section.key=value ...]")
         with ExitStack() as stack:
-            stack.push(_note_end)
-            with _remedied(smaller):
-                main(arguments[0], list(arguments[1:]))
+            stack.push(functools.partial(_note_end, smaller))
+            main(arguments[0], list(arguments[1:]))
     except ValueError as error:
         if _in_run:
             raise
         _refuse(error, get_logger("run"), first=os.environ.get("RANK", "0") == "0")
 
 
-@contextmanager
-def _remedied(smaller: str) -> Iterator[None]:
-    """Have the error of a full GPU say what needs less memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        error.add_note(f"The GPU's memory is full. What needs less of it: {smaller}")
-        raise
-
-
-def _note_end(kind: object, error: BaseException | None, trace: object) -> None:
+def _note_end(smaller: str, kind: object, error: BaseException | None, trace: object) -> None:
     """Note in run.log, if there is one, what ends the run; Python shows it on stderr."""
     if isinstance(error, Exception):
+        if isinstance(error, RuntimeError):
+            import torch  # a run has it; launchers, which log too, do without
+
+            if isinstance(error, torch.OutOfMemoryError):
+                error.add_note(f"The GPU's memory is full. What needs less of it: {smaller}")
         logger = get_logger("run")
         logger.critical("the run ends", exc_info=error, extra={"file_only": True})
 

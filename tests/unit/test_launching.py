@@ -145,6 +145,12 @@ def test_what_is_set_wins_over_the_topology_which_wins_over_env_sh(monkeypatch):
     ]  # fmt: skip
 
 
+def test_the_launcher_does_not_wait_for_torch():
+    look = "import sys, tools.launching; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended.stderr
+
+
 def test_every_variable_of_env_sh_gives_way_and_has_its_reason():
     text = (ROOT / "launch" / "env.sh").read_text()
     names = re.findall(r"^export (\w+)=", text, re.MULTILINE)
